@@ -1,0 +1,1 @@
+"""The `shadowc::` ops, one a file. Deliberately free of imports: see CONTRIBUTING.md."""

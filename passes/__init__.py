@@ -1,0 +1,1 @@
+"""The graph rewrites, one a file."""

@@ -1,0 +1,1 @@
+"""shadowc: compile OPT and Llama checkpoints to run with contextual sparsity."""

@@ -1,0 +1,1 @@
+"""The targets, one family a file."""
