@@ -1,1 +1,1 @@
-"""evaluation."""
+"""Quality and speed, measured on the artifact that is shipped."""

@@ -1,0 +1,215 @@
+"""The pipeline, top-down: a calibration and a checkpoint become an artifact."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from shadowc import artifact as artifacts
+from shadowc import budget, targets
+from shadowc.calibration.store import Calibration
+from shadowc.config import Policy
+from shadowc.errors import CalibrationError
+from shadowc.evaluation.numerics import check_numerics
+from shadowc.passes.canonicalize import canonicalize
+from shadowc.passes.find_blocks import find_blocks
+from shadowc.passes.insert_predictor import StaticScores, insert_predictor
+from shadowc.passes.manager import Pass, copy_module, run_passes
+from shadowc.passes.mask_attention import mask_attention
+from shadowc.passes.mask_mlp import mask_mlp
+from shadowc.runtime.program import Program
+from shadowc.runtime.session import Session
+from shadowc.trace import trace
+from shadowc.versions import versions
+
+if TYPE_CHECKING:
+    from shadowc.models import LoadedModel
+
+
+def compile_model(
+    loaded: LoadedModel,
+    calibration: Calibration | None,
+    policy: Policy,
+    output: Path,
+    *,
+    target: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    max_seq_len: int | None = None,
+    extra: dict[str, Any] | None = None,
+    dump: Path | None = None,
+) -> artifacts.Artifact:
+    """Compile a model: trace -> masked dialect -> target's programs -> check -> artifact.
+
+    Args:
+        loaded: The model, in fp32 or the type of its checkpoint.
+        calibration: What chooses the units; None only when the policy skips none.
+        policy: How many units run.
+        output: The artifact's directory.
+        target: Name of a target.
+        dtype: Type of the stored matrices.
+        max_seq_len: S, prompt and generation together; the model's own limit by default.
+        extra: More entries for the manifest.
+        dump: Directory for the graphs after every pass.
+
+    Returns:
+        The artifact, whose programs agree with the model (checked on text).
+
+    Raises:
+        CalibrationError: If the calibration belongs to another model.
+        NumericsError: If a lowered program does not agree with what it was made from.
+        ArtifactError: If the artifact cannot be written.
+    """
+    began = time.perf_counter()
+    backend = targets.load_target(target)
+    backend.requires()
+    if calibration is not None:
+        check_same_model(loaded, calibration)
+
+    traced = trace(loaded.model).module(check_guards=False)
+    built = build_programs(traced, loaded, calibration, policy, backend, dtype, dump)
+    session = Session(
+        loaded.shape,
+        policy,
+        built.programs,
+        built.packed,
+        built.keep,
+        max_seq_len or loaded.shape.max_positions,
+        predictor_bytes=built.predictor_bytes,
+    )
+    checked = check_numerics(session, loaded)
+
+    manifest = {
+        "model": vars(loaded.source),
+        "shape": loaded.shape.to_json(),
+        "calibration": None if calibration is None else calibration.summary(),
+        "policy": policy.to_json(),
+        "target": target,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_seq_len": session.max_seq_len,
+        "predictor_bytes": built.predictor_bytes,
+        "versions": versions(),
+        **(extra or {}),
+    }
+    return artifacts.write_artifact(
+        output,
+        manifest=manifest,
+        tensors=built.packed | {f"keep.{name}": value for name, value in built.keep.items()},
+        programs={name: program.to_json() for name, program in built.programs.items()},
+        report={"compile": checked | {"seconds": round(time.perf_counter() - began, 1)}},
+        pretrained=(loaded.model.config, loaded.model.generation_config, loaded.tokenizer),
+    )
+
+
+@dataclass(frozen=True)
+class Built:
+    """What lowering gave: programs, the tensors they share, and keep sets that never change."""
+
+    programs: dict[str, Program]
+    packed: dict[str, Tensor]
+    keep: dict[str, Tensor]
+    predictor_bytes: float
+
+
+def build_programs(
+    traced: fx.GraphModule,
+    loaded: LoadedModel,
+    calibration: Calibration | None,
+    policy: Policy,
+    backend: Any,
+    dtype: torch.dtype,
+    dump: Path | None = None,
+) -> Built:
+    """Run the passes and the target's lowering on a traced graph (which may be reused).
+
+    Args:
+        traced: What `trace` gave, as a module; made canonical in place.
+        loaded: The model it came from.
+        calibration: What chooses the units.
+        policy: How many units run.
+        backend: The target's module.
+        dtype: Type of the stored matrices.
+        dump: Directory for the graphs.
+    """
+    sparse = policy.head_sparsity > 0 or policy.neuron_sparsity > 0
+    run_passes(traced, (canonicalize,), dump=dump / "traced" if dump else None)
+    found: tuple[Pass, ...] = (partial(find_blocks, shape=loaded.shape),)
+    scored, masked, keep = found, found, {}
+    predictor: torch.nn.Module | None = None
+    if sparse:
+        if calibration is None:
+            raise CalibrationError(
+                "skipping units needs a calibration",
+                fix="run: shadowc calibrate MODEL; or compile with --sparsity 0",
+            )
+        predictor = calibration.build_predictor()
+        if predictor is None:
+            predictor = StaticScores(calibration.mean_head_scores, calibration.mean_neuron_scores)
+            keep = static_keep(predictor, policy, loaded)
+        insert = partial(
+            insert_predictor, predictor=predictor, policy=policy, feature=calibration.feature
+        )
+        scored = (*found, insert)
+        masked = (*scored, mask_attention, mask_mlp)  # after the insert: they multiply by its masks
+
+    def dialect(passes: tuple[Pass, ...], name: str) -> fx.GraphModule:
+        return run_passes(copy_module(traced), passes, dump=dump / name if dump else None)
+
+    dialects = backend.Dialects(
+        plain=partial(dialect, found, "plain"),
+        scored=partial(dialect, scored, "scored"),
+        masked=partial(dialect, masked, "masked"),
+    )
+    programs, packed = backend.lower(
+        dialects,
+        policy,
+        sparse=sparse,
+        static=bool(keep),
+        relu=loaded.shape.activation == "relu",
+        dtype=dtype,
+        dump=dump,
+    )
+    read = 0.0
+    if "decode" in programs:
+        names = set(programs["decode"].weights)
+        size = sum(t.nbytes for n, t in packed.items() if n in names and n.startswith("predictor."))
+        read = size / policy.refresh if policy.refresh else 0.0
+    return Built(programs, packed, keep, read)
+
+
+def static_keep(scores: StaticScores, policy: Policy, loaded: LoadedModel) -> dict[str, Tensor]:
+    """The keep sets of mean scores, for one row: index int32 [L, 1, N], count int32 [L, 1]."""
+    shape, local = loaded.shape, policy.scope == "local"
+    keep: dict[str, Tensor] = {}
+    kinds = (
+        ("head", scores.heads, policy.heads_kept(shape), policy.min_heads),
+        ("neuron", scores.neurons, policy.neurons_kept(shape), policy.min_neurons),
+    )
+    for kind, score, kept, floor in kinds:
+        if kept < score.numel():
+            index, count = torch.ops.shadowc.select(score[None].contiguous(), kept, floor, local)
+            keep |= {f"{kind}_index": index, f"{kind}_count": count}
+    return keep
+
+
+def check_same_model(loaded: LoadedModel, calibration: Calibration) -> None:
+    """Raise CalibrationError unless the calibration was made with this very model."""
+    if calibration.shape != loaded.shape:
+        raise CalibrationError(
+            "the calibration was made for a model of another shape",
+            expected=loaded.shape,
+            got=calibration.shape,
+            fix="calibrate this model",
+        )
+    if calibration.model["fingerprint"] != loaded.source.fingerprint:
+        raise CalibrationError(
+            "the calibration was made with other weights",
+            expected=f"{loaded.source.name} {loaded.source.fingerprint}",
+            got=f"{calibration.model['name']} {calibration.model['fingerprint']}",
+            fix="calibrate this model again",
+        )

@@ -1,0 +1,91 @@
+"""Directories that appear whole or not at all, and whose files are checked before they are used."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from shadowc.errors import ShadowcError
+
+_CHUNK = 1 << 22
+
+
+@contextlib.contextmanager
+def atomic_directory(
+    target: Path, *, marker: str, error: type[ShadowcError] = ShadowcError
+) -> Iterator[Path]:
+    """Give a temporary directory beside `target` that takes its place when the block succeeds.
+
+    Everything is synced to disk before the rename; after a failure or an interrupt nothing is left and
+    what was at `target` is still there.
+
+    Args:
+        target: Where the directory shall be. An existing one is replaced only if it is empty or holds
+            `marker`, so that a mistyped --output destroys nothing.
+        marker: Name of a file that such directories have.
+        error: What to raise.
+
+    Yields:
+        The temporary directory to fill.
+    """
+    if target.exists() and not _replaceable(target, marker):
+        raise error(
+            f"{target} exists and is not something shadowc wrote",
+            expected=f"a new directory, or one with {marker} to replace",
+            fix="choose another place with --output",
+        )
+    work = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        new, old = work / "new", work / "old"
+        new.mkdir()
+        yield new
+        for path in sorted(new.rglob("*")):
+            _sync(path)
+        _sync(new)
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+        _sync(target.parent)
+    except OSError as cause:
+        raise error(
+            f"cannot write {target}",
+            expected="a writable place with enough free space",
+            got=cause.strerror or cause,
+            fix="free some space or choose another place with --output",
+        ) from cause
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _replaceable(target: Path, marker: str) -> bool:
+    return target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

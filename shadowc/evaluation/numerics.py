@@ -1,0 +1,151 @@
+"""The check that ends every compile: the lowered programs against the graph they were made from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shadowc.config import ModelShape
+from shadowc.errors import NumericsError
+from shadowc.evaluation.masks import teacher_forced, with_given_masks
+from shadowc.runtime.session import Session
+from shadowc.runtime.usage import Usage
+
+if TYPE_CHECKING:
+    from shadowc.models import LoadedModel
+
+#: What the check runs on, with the model's own tokenizer.
+TEXT = (
+    "It was late in the year, and the road to the harbour was empty. She had walked for an hour before "
+    "she saw the light of the old house, and somebody standing at the door who seemed to wait for her."
+)
+PROMPT_TOKENS = 8
+#: Largest error, as a share of the largest logit: programs with the same weights and masks.
+TOLERANCE = 1e-3
+#: The same against the original model when storing the weights in half precision rounded them.
+ROUNDED_TOLERANCE = 0.1
+#: Largest share of units whose mask may differ: scores that are equal up to summation order.
+MASK_TOLERANCE = 1e-3
+
+
+@torch.inference_mode()
+def check_numerics(session: Session, loaded: LoadedModel) -> dict[str, Any]:
+    """Compare the programs on text, token by token where they decode.
+
+    Args:
+        session: The lowered programs.
+        loaded: The original model.
+
+    Returns:
+        `max_abs_error` (decode against masked, same masks), `mask_mismatch` (share of units),
+        `original_max_abs_error` (dense program against the original model), `tolerance` (in logits), and
+        what ran (see `Usage.to_json`).
+
+    Raises:
+        NumericsError: If a difference exceeds its tolerance; names both sides.
+    """
+    ids = _ids(loaded, session.max_seq_len)
+    tokens = ids.shape[1]
+    prompt = min(PROMPT_TOKENS, tokens - 1)
+
+    original = loaded.model(input_ids=ids).logits.float()
+    scale = float(original.abs().max())
+    dense = session.step(ids, session.new_cache(1, tokens), program="dense")["logits"]
+    dense_error = float((dense[:, -1] - original[:, -1]).abs().max())
+    rounded = any(_was_rounded(session, name, value) for name, value in _matrices(loaded))
+    _check("dense", "original model", dense_error, ROUNDED_TOLERANCE if rounded else TOLERANCE, scale)
+
+    cache = session.new_cache(1, tokens)
+    usage = Usage.of(session)
+    session.step(ids[:, :prompt], cache)
+    logits, keeps = [], []
+    for token in range(prompt, tokens):
+        results = session.step(ids[:, token : token + 1], cache)
+        usage.add(results)
+        logits.append(results["logits"][:, 0])
+        keeps.append(dict(cache.keep))
+    decoded = torch.stack(logits, dim=1)
+
+    taught = teacher_forced(session, ids, prompt=prompt)
+    mismatch = 0.0
+    if "head_mask" in taught:
+        heads, neurons = masks_of(keeps, session.shape, prompt)
+        wrong = (heads != taught["head_mask"]).sum() + (neurons != taught["neuron_mask"]).sum()
+        mismatch = float(wrong) / ((heads.numel() + neurons.numel()) * (1 - prompt / tokens))
+        if mismatch > MASK_TOLERANCE:
+            raise NumericsError(
+                "the decode program selects other units than the masked program",
+                expected=f"at most {MASK_TOLERANCE:.2%} of all units",
+                got=f"{mismatch:.2%}",
+            )
+        session = session.with_program("given_masks", with_given_masks(session.programs["masked"]))
+        taught = teacher_forced(session, ids, prompt=prompt, masks=(heads, neurons))
+    error = float((decoded - taught["logits"][:, prompt:]).abs().max())
+    _check("decode", "masked program", error, TOLERANCE, scale)
+    return {
+        "max_abs_error": error,
+        "mask_mismatch": mismatch,
+        "original_max_abs_error": dense_error,
+        "tolerance": TOLERANCE * scale,
+        **usage.to_json(),
+    }
+
+
+def masks_of(
+    keeps: list[dict[str, Tensor]], shape: ModelShape, prompt: int
+) -> tuple[Tensor, Tensor]:
+    """Keep sets of decode steps as masks of the whole sequence, the prompt all ones.
+
+    Args:
+        keeps: `KVCache.keep` after each decode step, of one row.
+        shape: The model's shape.
+        prompt: Tokens before the first decode step.
+
+    Returns:
+        bool [1, T, L, H] and bool [1, T, L, F].
+    """
+    tokens = prompt + len(keeps)
+    masks = []
+    for kind, units in (("head", shape.heads), ("neuron", shape.ffn)):
+        mask = torch.ones(1, tokens, shape.layers, units, dtype=torch.bool)
+        for token, keep in enumerate(keeps, start=prompt):
+            if f"{kind}_index" not in keep:
+                continue
+            index, count = keep[f"{kind}_index"], keep[f"{kind}_count"]
+            first = shape.layers - index.shape[0]
+            for layer in range(index.shape[0]):
+                row = mask[0, token, first + layer]
+                row.fill_(False)
+                row[index[layer, 0, : int(count[layer, 0])].long()] = True
+        masks.append(mask)
+    return masks[0], masks[1]
+
+
+def _ids(loaded: LoadedModel, limit: int) -> Tensor:
+    ids = loaded.tokenizer(TEXT, return_tensors="pt").input_ids
+    return ids[:, : min(limit, 64)]
+
+
+def _matrices(loaded: LoadedModel) -> list[tuple[str, Tensor]]:
+    return [(name, p.detach()) for name, p in loaded.model.named_parameters() if p.dim() > 1]
+
+
+def _was_rounded(session: Session, name: str, value: Tensor) -> bool:
+    stored = session.tensors.get(name)
+    if stored is None:
+        stored = session.tensors.get(f"{name}_t")
+        if stored is None:
+            return False
+        stored = stored.t()
+    return not torch.equal(stored.to(value.dtype), value)
+
+
+def _check(what: str, against: str, error: float, tolerance: float, scale: float) -> None:
+    if not error <= tolerance * scale:  # catches NaN too
+        raise NumericsError(
+            f"the {what} program does not agree with the {against}",
+            expected=f"logits within {tolerance * scale:.3g} (of {scale:.3g})",
+            got=f"{error:.3g}",
+        )

@@ -1,0 +1,190 @@
+"""The native library: finding and loading it, and what every launcher needs to call it.
+
+The library is `shadowc/_native*.so`, built from `kernels/cpu/` by setup.py. Importing this module
+does not load it; the first call of an op does. Nothing falls back to another implementation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowc.errors import KernelError
+
+ISAS = ("generic", "avx2", "avx512")
+ACTIVATIONS = {"relu": 0, "silu": 1, "gelu": 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+NATIVE_ROWS = 8
+"""Dense ops on at most this many tokens run native; more go through a chunked matrix product."""
+
+_ABI = 1
+_BUILD = "run `pip install -e .` or `python setup.py build_ext --inplace` (needs a C++20 compiler)"
+_LIBRARY = torch.library.Library("shadowc", "FRAGMENT")
+
+_p, _n, _i, _f = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES: dict[str, list[Any]] = {
+    "shadowc_linear": [_p] * 4 + [_n] * 3 + [_i] * 2,
+    "shadowc_qkv": [_p] * 12 + [_n] * 6 + [_i] * 2,
+    "shadowc_out_proj": [_p] * 7 + [_n] * 5 + [_i] * 2,
+    "shadowc_mlp": [_p] * 11 + [_n] * 4 + [_i] * 4,
+    "shadowc_attention": [_p] * 12 + [_n] * 5 + [_f, _i],
+    "shadowc_rms_norm": [_p] * 3 + [_n] * 2 + [_f],
+    "shadowc_select": [_p] * 3 + [_n] * 5 + [_i] * 2,
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library, its instruction set chosen.
+
+    Raises:
+        KernelError: It is not built, was built from other sources, or `SHADOWC_ISA` names an
+            instruction set that it or this CPU does not have.
+    """
+    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not found:
+        raise KernelError(
+            "the native library is not built",
+            expected=f"{Path(__file__).parent}/_native*.so",
+            fix=_BUILD,
+        )
+    try:
+        loaded = ctypes.CDLL(str(found[0]))
+        abi = loaded.shadowc_abi()
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"{found[0].name} cannot be loaded", got=error, fix=_BUILD) from error
+    if abi != _ABI:
+        raise KernelError(
+            f"{found[0].name} was built from other sources", expected=_ABI, got=abi, fix=_BUILD
+        )
+    for name, arguments in _SIGNATURES.items():
+        getattr(loaded, name).argtypes = arguments
+    for name in set(_SIGNATURES) - {"shadowc_attention"}:
+        getattr(loaded, name).restype = None
+    loaded.shadowc_isa.argtypes = [ctypes.c_char_p]
+    loaded.shadowc_isa.restype = ctypes.c_char_p
+    wanted = os.environ.get("SHADOWC_ISA")
+    if loaded.shadowc_isa(wanted.encode() if wanted else None) is None:
+        raise KernelError(
+            "SHADOWC_ISA names an instruction set that is not available here",
+            expected=" | ".join(ISAS) + ", and a CPU that has it",
+            got=wanted,
+            fix="unset SHADOWC_ISA to use the best one of this CPU",
+        )
+    return loaded
+
+
+def isa() -> str:
+    """The instruction set in use: `generic`, `avx2` or `avx512`."""
+    name: bytes = library().shadowc_isa((os.environ.get("SHADOWC_ISA") or "").encode() or None)
+    return name.decode()
+
+
+def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers an op of the domain `shadowc` with its CPU launcher and its fake."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, launcher, "CPU")
+    torch.library.register_fake(f"shadowc::{name}", fake, lib=_LIBRARY)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's first value, None for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """Refuses a tensor of another dtype or shape, or one that is not contiguous.
+
+    Raises:
+        KernelError: Names the argument, what it must be and what it is.
+    """
+    if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_contiguous():
+        layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+        raise KernelError(
+            f"argument {name!r} does not fit",
+            expected=f"{dtype} {list(shape)}, contiguous",
+            got=f"{tensor.dtype} {list(tensor.shape)}, {layout}",
+        )
+
+
+def check_optional(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
+    """As `check`, None being welcome."""
+    if tensor is not None:
+        check(name, tensor, dtype, *shape)
+
+
+def check_rank(name: str, tensor: Tensor, rank: int) -> None:
+    """Refuses a tensor that has not `rank` dimensions."""
+    if tensor.dim() != rank:
+        raise KernelError(
+            f"argument {name!r} does not fit",
+            expected=f"{rank} dimensions",
+            got=list(tensor.shape),
+        )
+
+
+def check_keep(index: Tensor | None, count: Tensor | None, batch: int, units: int) -> None:
+    """Refuses a keep set that is not int32 `index` [B, N] with int32 `count` [B], or two None."""
+    if index is None and count is None:
+        return
+    if index is None or count is None:
+        raise KernelError(
+            "a keep set is index and count together",
+            expected="both or neither",
+            got=f"index {'given' if count is None else 'None'}, "
+            f"count {'None' if count is None else 'given'}",
+        )
+    check("index", index, torch.int32, batch, units)
+    check("count", count, torch.int32, batch)
+
+
+def weight_dtype(name: str, weight: Tensor) -> int:
+    """Code of a matrix dtype.
+
+    Raises:
+        KernelError: The dtype is not float32, bfloat16 or float16.
+    """
+    code = DTYPES.get(weight.dtype)
+    if code is None:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise KernelError(f"argument {name!r} does not fit", expected=known, got=weight.dtype)
+    return code
+
+
+def activation_code(activation: str) -> int:
+    """Code of an activation.
+
+    Raises:
+        KernelError: The activation is not `relu`, `silu` or `gelu`.
+    """
+    code = ACTIVATIONS.get(activation)
+    if code is None:
+        raise KernelError(
+            "argument 'activation' does not fit", expected=" | ".join(ACTIVATIONS), got=activation
+        )
+    return code
+
+
+def activate(values: Tensor, activation: str) -> Tensor:
+    """The activation in plain torch (`gelu` is the exact one)."""
+    function: Callable[[Tensor], Tensor] = getattr(torch.nn.functional, activation)
+    return function(values)
+
+
+def keep_mask(index: Tensor | None, count: Tensor | None, units: int) -> Tensor | None:
+    """Mask bool [B, N] of a keep set, None for None: for references."""
+    if index is None or count is None:
+        return None
+    valid = torch.arange(units, device=index.device) < count[:, None]
+    # Entries past the count land in a column that is cut off.
+    places = torch.where(valid, index.long(), units)
+    return torch.zeros(len(index), units + 1, dtype=torch.bool).scatter(1, places, True)[:, :units]

@@ -1,0 +1,70 @@
+"""`shadowc.load`: a directory becomes a model that generates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from shadowc.artifact import Artifact, open_artifact
+from shadowc.config import ModelShape, Policy
+from shadowc.errors import ArtifactError
+from shadowc.runtime.model import ShadowModel
+from shadowc.runtime.program import Program
+from shadowc.runtime.session import Session
+from shadowc.targets import load_target
+
+_KEEP = "keep."
+
+
+def load(path: str | Path) -> ShadowModel:
+    """Load an artifact after checking its schema, sizes and hashes.
+
+    Args:
+        path: The directory that `shadowc compile` wrote.
+
+    Returns:
+        A model for transformers' `generate`, with its `tokenizer`.
+
+    Raises:
+        ArtifactError: If the artifact is missing, damaged or of another version; names the file.
+        KernelError: If this machine cannot run its target.
+    """
+    artifact = open_artifact(path)
+    session = load_session(artifact)
+    try:
+        config = AutoConfig.from_pretrained(artifact.path)
+        generation = GenerationConfig.from_pretrained(artifact.path)
+        tokenizer = AutoTokenizer.from_pretrained(artifact.path, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{artifact.path} lacks the model's Hugging Face files",
+            got=error,
+            fix="compile the artifact again",
+        ) from error
+    return ShadowModel(config, generation, session, artifact.manifest, tokenizer)
+
+
+def load_session(artifact: Artifact) -> Session:
+    """The bare step function of an artifact, without tokenizer or transformers."""
+    manifest = artifact.manifest
+    try:
+        shape, policy = ModelShape(**manifest["shape"]), Policy(**manifest["policy"])
+        target, length = manifest["target"], int(manifest["max_seq_len"])
+        predictor_bytes = float(manifest["predictor_bytes"])
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{artifact.path / 'manifest.json'} is not a manifest of this version", got=error
+        ) from error
+    load_target(target).requires()
+    tensors = artifact.tensors()
+    keep = {
+        name.removeprefix(_KEEP): value for name, value in tensors.items() if name.startswith(_KEEP)
+    }
+    programs = {
+        name: Program.from_json(value, f"programs/{name}.json")
+        for name, value in artifact.programs().items()
+    }
+    with torch.inference_mode():
+        return Session(shape, policy, programs, tensors, keep, length, predictor_bytes)

@@ -1,0 +1,135 @@
+"""One loaded artifact as a step function: which program runs, with which keep sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowc.config import ModelShape, Policy
+from shadowc.errors import ArtifactError
+from shadowc.runtime.cache import KVCache
+from shadowc.runtime.program import Program
+
+#: Names of an artifact's programs, and what each is for.
+PROGRAMS = {
+    "dense": "any number of tokens, every unit: prefill, and the dense baseline",
+    "exact": "one token, every unit, rows of exactly zero activations not read",
+    "prefill": "as dense, and the keep sets that the last token's feature gives",
+    "decode": "one token: predictor, selection, sparse ops",
+    "hold": "one token, sparse ops with keep sets that are given",
+    "masked": "whole sequences with 0/1 masks in plain aten: the semantics, for evaluation",
+}
+
+
+class Session:
+    """Runs the programs of an artifact.
+
+    Args:
+        shape: The model's shape.
+        policy: The policy that the programs were compiled for.
+        programs: Programs by the names of `PROGRAMS`.
+        tensors: Packed weights and predictor, by name.
+        keep: Keep sets that never change (`static`), by the names that programs give them.
+        max_seq_len: S, the compiled length.
+        predictor_bytes: Bytes of predictor weights that a decoded token reads, on average.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        policy: Policy,
+        programs: Mapping[str, Program],
+        tensors: Mapping[str, Tensor],
+        keep: Mapping[str, Tensor],
+        max_seq_len: int,
+        predictor_bytes: float = 0.0,
+    ) -> None:
+        self.predictor_bytes = predictor_bytes
+        self.shape, self.policy, self.max_seq_len = shape, policy, max_seq_len
+        self.programs, self.tensors, self.static_keep = programs, tensors, dict(keep)
+        self._bound: dict[str, Callable[..., tuple[Any, ...]]] = {}
+
+    def run(self, name: str, *inputs: Tensor) -> dict[str, Any]:
+        """Run one program by name and return its results by name.
+
+        Raises:
+            ArtifactError: If the artifact has no such program.
+        """
+        bound = self._bound.get(name)
+        if bound is None:
+            if name not in self.programs:
+                raise ArtifactError(
+                    f"the artifact has no program {name!r}", expected=", ".join(self.programs)
+                )
+            bound = self._bound[name] = self.programs[name].bind(self.tensors)
+        return dict(zip(self.programs[name].outputs, bound(*inputs), strict=True))
+
+    def with_program(self, name: str, program: Program) -> Session:
+        """The same artifact with one more program."""
+        return Session(
+            self.shape, self.policy, {**self.programs, name: program}, self.tensors,
+            self.static_keep, self.max_seq_len, self.predictor_bytes,
+        )  # fmt: skip
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
+        """An empty cache for `batch` rows of up to `capacity` (default S) tokens."""
+        cache = KVCache(self.shape, batch, capacity or self.max_seq_len)
+        for name, sets in self.static_keep.items():  # [L, 1, N] or [L, 1] -> a row each
+            cache.keep[name] = sets.expand(-1, batch, *sets.shape[2:]).contiguous()
+        return cache
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, cache: KVCache, *, program: str | None = None) -> dict[str, Any]:
+        """Feed tokens and return what the program returns.
+
+        A prompt (an empty cache, or several tokens) runs dense; one token runs sparse.
+
+        Args:
+            ids: int64 [B, T].
+            cache: The batch's cache; advanced by T.
+            program: Run this program instead of the one that the policy asks for (`dense` is the
+                baseline of every comparison).
+
+        Returns:
+            `logits` fp32 [B, 1, V] of the last token, and what else the program returns (keep sets,
+            `rows_l`: rows of the second projection read in layer l).
+
+        Raises:
+            LengthError: If the tokens do not fit in the cache.
+        """
+        batch, tokens = ids.shape
+        cache.check_room(tokens)
+        prompt = tokens > 1 or cache.length == 0
+        name = program or (self._prefill if prompt else self._decode(cache))
+        slots = torch.arange(cache.length, cache.length + tokens)
+        positions = (slots - cache.start[:, None]).clamp_(min=0)
+        arguments = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "start": cache.start,
+            "position": slots[:1],
+            **cache.keep,
+        }
+        inputs = self.programs[name].inputs if name in self.programs else ()
+        named = [arguments[key] for key in inputs[: len(inputs) - len(cache.tensors)]]
+        results = self.run(name, *named, *cache.tensors)
+        cache.length += tokens
+        cache.steps = 0 if prompt else cache.steps + 1
+        cache.keep |= {key: value for key, value in results.items() if key.startswith(_KEEP)}
+        return results
+
+    @property
+    def _prefill(self) -> str:
+        return "prefill" if "prefill" in self.programs else "dense"
+
+    def _decode(self, cache: KVCache) -> str:
+        if "decode" not in self.programs:  # sparsity 0, or keep sets that never change
+            return next(name for name in ("hold", "exact", "dense") if name in self.programs)
+        refresh = self.policy.refresh
+        return "decode" if refresh and cache.steps % refresh == 0 else "hold"
+
+
+_KEEP = ("head_", "neuron_")

@@ -1,0 +1,120 @@
+"""What really ran: units by layer and bytes of weights, counted from the results of decode steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowc.config import ModelShape
+from shadowc.runtime.session import Session
+
+
+@dataclass
+class Usage:
+    """Counts over decoded tokens.
+
+    Attributes:
+        shape: The model's shape.
+        element_size: Bytes of one stored weight.
+        predictor_bytes: Bytes of predictor weights that one token reads, on average.
+        tokens: Tokens counted (rows of a batch count one each).
+        heads: float64 [L], heads run.
+        neurons: float64 [L], neurons run.
+        rows: float64 [L], rows of the second projection read.
+    """
+
+    shape: ModelShape
+    element_size: int
+    predictor_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Start at zero."""
+        self.tokens = 0
+        self.heads = torch.zeros(self.shape.layers, dtype=torch.float64)
+        self.neurons = torch.zeros_like(self.heads)
+        self.rows = torch.zeros_like(self.heads)
+
+    @classmethod
+    def of(cls, session: Session) -> Usage:
+        """Empty counts for an artifact."""
+        sizes = [t.element_size() for n, t in session.tensors.items() if n.endswith("_t")]
+        return cls(session.shape, sizes[0], session.predictor_bytes)
+
+    def add(self, results: Mapping[str, Tensor]) -> None:
+        """Count one decode step.
+
+        Args:
+            results: What `Session.step` returned.
+        """
+        shape = self.shape
+        batch = results["logits"].shape[0]
+        self.tokens += batch
+        heads = torch.full((shape.layers,), float(shape.heads * batch), dtype=torch.float64)
+        if "head_count" in results:
+            heads[1:] = results["head_count"].sum(dim=1, dtype=torch.float64)
+        self.heads += heads
+        if "neuron_count" in results:
+            self.neurons += results["neuron_count"].sum(dim=1, dtype=torch.float64)
+        else:
+            self.neurons += shape.ffn * batch
+        self.rows += torch.stack([results[f"rows_{i}"].sum() for i in range(shape.layers)])
+
+    @property
+    def head_sparsity(self) -> float:
+        """Fraction of all heads that did not run."""
+        return self._skipped(self.heads, self.shape.heads)
+
+    @property
+    def neuron_sparsity(self) -> float:
+        """Fraction of all neurons that did not run."""
+        return self._skipped(self.neurons, self.shape.ffn)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the decoder layers' matrices, all read by a dense token."""
+        return self.shape.layers * self.shape.layer_elements * self.element_size
+
+    @property
+    def layer_bytes(self) -> float:
+        """Bytes of the decoder layers' matrices that a token read, on average."""
+        shape, n = self.shape, max(self.tokens, 1)
+        heads, neurons, rows = (float(t.sum()) / n for t in (self.heads, self.neurons, self.rows))
+        keys_values = 2 * shape.layers * shape.kv_heads * shape.head_dim
+        first = (2 if shape.gated else 1) * neurons
+        elements = shape.hidden * (heads * 2 * shape.head_dim + keys_values + first + rows)
+        return elements * self.element_size
+
+    @property
+    def weight_bytes_skipped(self) -> float:
+        """Fraction of the layers' bytes not read, the predictor's own bytes counted against it."""
+        return 1.0 - (self.layer_bytes + self.predictor_bytes) / self.dense_bytes
+
+    @property
+    def zero_rows_skipped(self) -> float:
+        """The part of `weight_bytes_skipped` that exact zeros of kept neurons give."""
+        rows = float((self.neurons - self.rows).sum()) / max(self.tokens, 1)
+        return rows * self.shape.hidden * self.element_size / self.dense_bytes
+
+    def _skipped(self, ran: Tensor, units: int) -> float:
+        return 1.0 - float(ran.sum()) / max(self.tokens * units * self.shape.layers, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts as plain JSON values."""
+        n = max(self.tokens, 1)
+        return {
+            "tokens": self.tokens,
+            "head_sparsity": self.head_sparsity,
+            "neuron_sparsity": self.neuron_sparsity,
+            "weight_bytes_skipped": self.weight_bytes_skipped,
+            "zero_rows_skipped": self.zero_rows_skipped,
+            "dense_layer_bytes": self.dense_bytes,
+            "layer_bytes": round(self.layer_bytes),
+            "predictor_bytes": round(self.predictor_bytes),
+            "heads_by_layer": [round(float(v) / n, 2) for v in self.heads],
+            "neurons_by_layer": [round(float(v) / n, 1) for v in self.neurons],
+            "rows_by_layer": [round(float(v) / n, 1) for v in self.rows],
+        }

@@ -1,0 +1,17 @@
+"""Versions of what a result depends on."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+
+def versions() -> dict[str, str]:
+    """Names and versions for manifests and reports."""
+    found = {"python": platform.python_version()}
+    for package in ("shadowc", "torch", "transformers", "safetensors"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # an uninstalled checkout
+            found[package] = "not installed"
+    return found

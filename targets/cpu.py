@@ -1,0 +1,109 @@
+"""The `cpu` target: native kernels (AVX2, AVX-512 or portable), half-precision weights, fp32 activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from shadowc import native
+from shadowc.config import Policy
+from shadowc.passes.compact_masks import compact_masks
+from shadowc.passes.fuse_rms_norm import fuse_rms_norm
+from shadowc.passes.fuse_sparse_attention import fuse_sparse_attention
+from shadowc.passes.fuse_sparse_mlp import fuse_sparse_mlp
+from shadowc.passes.last_logits import last_logits
+from shadowc.passes.lower_linear import lower_linear
+from shadowc.passes.manager import Pass, run_passes
+from shadowc.passes.pack_weights import Packed, pack_weights
+from shadowc.runtime.program import Program, to_program
+
+NAME = "cpu"
+DESCRIPTION = "any x86-64 or aarch64 CPU: native kernels, weights in fp32, bf16 or fp16"
+
+
+@dataclass(frozen=True)
+class Dialects:
+    """The graph in the forms that a target lowers; each call gives a fresh copy.
+
+    Attributes:
+        plain: Blocks found, nothing masked.
+        scored: Blocks, scores and masks that nothing uses yet.
+        masked: Blocks, scores, and masks applied.
+    """
+
+    plain: Callable[[], fx.GraphModule]
+    scored: Callable[[], fx.GraphModule]
+    masked: Callable[[], fx.GraphModule]
+
+
+def requires() -> None:
+    """Raise KernelError unless this machine can run the target's programs."""
+    native.library()
+
+
+def lower(
+    dialects: Dialects,
+    policy: Policy,
+    *,
+    sparse: bool,
+    static: bool,
+    relu: bool,
+    dtype: torch.dtype,
+    dump: Path | None = None,
+) -> tuple[dict[str, Program], Packed]:
+    """Lower every program that an artifact of this target runs.
+
+    Args:
+        dialects: The graph before lowering.
+        policy: How many units run.
+        sparse: Whether any unit is ever skipped; otherwise there is no predictor.
+        static: Whether the keep sets are fixed at compile time.
+        relu: Whether activations are often exactly zero, so that `exact` makes sense.
+        dtype: Type of the stored matrices.
+        dump: Directory for the graphs after each pass, a folder a program.
+
+    Returns:
+        Programs by name (see `runtime.session.PROGRAMS`) and the tensors that they share.
+    """
+    packed: Packed = {}
+    programs: dict[str, Program] = {}
+
+    def add(name: str, module: fx.GraphModule, passes: tuple[Pass, ...]) -> None:
+        run_passes(module, passes, dump=dump / name if dump else None)
+        masked = ("logits", "head_mask", "neuron_mask") if sparse else ("logits",)
+        programs[name] = to_program(module, module.meta.get("outputs", masked))
+
+    def lowering(*, skip_zeros: bool = True, hold: bool = False) -> tuple[Pass, ...]:
+        return (
+            fuse_rms_norm,
+            fuse_sparse_attention,  # before the MLP: both fold the residual add that follows them
+            partial(fuse_sparse_mlp, skip_zeros=skip_zeros),
+            last_logits,
+            partial(compact_masks, policy=policy, hold=hold),  # after fusing: it removes `compact`
+            lower_linear,
+            partial(pack_weights, dtype=dtype, packed=packed),  # last: it binds what is left
+        )
+
+    add("dense", dialects.plain(), lowering(skip_zeros=False))
+    if relu:
+        add("exact", dialects.plain(), lowering())
+    if sparse and not static:
+        add("decode", dialects.masked(), lowering())
+    if sparse and (static or policy.refresh != 1):
+        add("hold", dialects.masked(), lowering(hold=True))
+    if sparse and not static and policy.refresh != 1:
+        add("prefill", dialects.scored(), lowering(skip_zeros=False))
+    masked = dialects.masked() if sparse else dialects.plain()
+    add("masked", masked, (partial(pack_weights, dtype=dtype, packed=packed),))
+    return programs, packed
+
+
+def load(program: Program, tensors: dict[str, Tensor]) -> Callable[..., tuple[object, ...]]:
+    """Bind a program to its tensors on this machine."""
+    requires()
+    return program.bind(tensors)
