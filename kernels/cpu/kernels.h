@@ -1,0 +1,535 @@
+// The ops, written once over simd.h. Two loops do nearly all of the work and are bound by memory:
+//   dots     out[i][m] = weight[unit_i] . x[m]              first projections
+//   combine  acc[m]   += sum_i coefficient[i][m] row_i      second projections, packed transposed
+// Both read a kept row once for all batch rows, ask for the next rows while they compute on these,
+// and add in an order that depends neither on the number of threads nor on the batch.
+
+constexpr int64_t kMostRows = 64;   // batch rows served by one pass over the weights
+constexpr int64_t kMostUnits = 64;  // matrix rows in one task of a first projection
+constexpr int kDotRows = 4;         // rows at once: enough streams to hide latency
+constexpr int kDotBatch = 4;
+constexpr int kAxpyRows = 8;
+constexpr int kAxpyBatchRows = 4;
+
+template <class T>
+INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+INLINE int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Calls body(task) for tasks handed out one by one, so that a slowed thread takes fewer.
+template <class Body>
+INLINE void for_tasks(int64_t* next, int64_t tasks, const Body& body) {
+  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < tasks;) body(i);
+}
+
+template <class Body>
+INLINE void in_team(int64_t threads, const Body& body) {
+  run((int)threads, [](void* body, const Team& team) { (*(const Body*)body)(team); }, (void*)&body);
+}
+
+// Calls body with a value of the weight type, for its type alone.
+template <class Body>
+INLINE void with_dtype(int dtype, const Body& body) {
+  if (dtype == kFloat32) body(float{});
+  if (dtype == kBfloat16) body(bf16{});
+  if (dtype == kFloat16) body(fp16{});
+}
+
+// ---------------------------------------------------------------------------- the two loops
+
+// out[r * stride + k] = row[r] . x[k]; asks for next[r] meanwhile.
+template <class W, int R, int X>
+INLINE void dot(const W* const* row, const W* const* next, const float* const* x, int64_t n,
+                float* out, int64_t stride) {
+  constexpr int LINE = 64 / sizeof(W);
+  vfloat acc[R][X][2] = {};
+  int64_t i = 0;
+  for (; i + LINE <= n; i += LINE) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + i, 0, 3);
+#pragma GCC unroll 16
+    for (int v = 0; v < LINE / LANES; ++v) {
+      const int64_t at = i + v * LANES;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vfloat w = load(row[r] + at);
+#pragma GCC unroll 8
+        for (int k = 0; k < X; ++k) acc[r][k][v & 1] += w * load(x[k] + at);
+      }
+    }
+  }
+  for (; i < n; i += LANES)
+    for (int r = 0; r < R; ++r) {
+      const vfloat w = load(row[r] + i, n - i);
+      for (int k = 0; k < X; ++k) acc[r][k][0] += w * load(x[k] + i, n - i);
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int k = 0; k < X; ++k) out[r * stride + k] = sum(acc[r][k][0] + acc[r][k][1]);
+}
+
+// acc[c] += sum_r coefficient[r] row[r][c], c < n; acc is padded to whole vectors.
+template <class W, int R>
+INLINE void axpy(const W* const* row, const W* const* next, const float* coefficient, int64_t n,
+                 float* acc) {
+  constexpr int LINE = 64 / sizeof(W);
+  vfloat c[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) c[r] = vfloat{} + coefficient[r];
+  int64_t i = 0;
+  for (; i + LINE <= n; i += LINE) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + i, 0, 3);
+#pragma GCC unroll 16
+    for (int v = 0; v < LINE / LANES; ++v) {
+      const int64_t at = i + v * LANES;
+      vfloat a = load(acc + at);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) a += c[r] * load(row[r] + at);
+      store(acc + at, a);
+    }
+  }
+  for (; i < n; i += LANES) {
+    vfloat a = load(acc + i);
+    for (int r = 0; r < R; ++r) a += c[r] * load(row[r] + i, n - i);
+    store(acc + i, a);
+  }
+}
+
+// The same for M batch rows: acc[m * stride + c] += sum_r coefficient[r][m] row[r][c].
+template <class W, int R>
+INLINE void axpy_batch(const W* const* row, const W* const* next, const float* const* coefficient,
+                       int64_t M, int64_t n, float* acc, int64_t stride) {
+  constexpr int64_t TILE = 2 * LANES;
+  for (int64_t i = 0; i < n; i += TILE) {
+    vfloat w[R][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(next[r] + i, 0, 3);
+      if (i + TILE <= n) {
+        w[r][0] = load(row[r] + i);
+        w[r][1] = load(row[r] + i + LANES);
+      } else {
+        w[r][0] = load(row[r] + i, n - i);
+        w[r][1] = n - i > LANES ? load(row[r] + i + LANES, n - i - LANES) : vfloat{};
+      }
+    }
+    for (int64_t m = 0; m < M; ++m) {
+      float* at = acc + m * stride + i;
+      vfloat a = load(at), b = load(at + LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const float c = coefficient[r][m];
+        a += c * w[r][0];
+        b += c * w[r][1];
+      }
+      store(at, a);
+      store(at + LANES, b);
+    }
+  }
+}
+
+// The rows of a matrix that a task works on, and which batch rows want each.
+struct Rows {
+  int32_t id[kMostUnits];
+  uint64_t wanted[kMostUnits];  // bit m
+  int n;
+};
+
+// Rows [first, last) that any of the batch rows m0..m0+M keeps; token m is of batch row m / T.
+INLINE void kept_rows(const Keep& keep, int64_t first, int64_t last, int64_t m0, int64_t M,
+                      int64_t T, Rows& rows) {
+  const uint64_t all = M == 64 ? ~(uint64_t)0 : ((uint64_t)1 << M) - 1;
+  uint64_t wanted[kMostUnits];
+  for (int64_t i = 0; i < last - first; ++i) wanted[i] = keep.index == nullptr ? all : 0;
+  for (int64_t m = 0; keep.index != nullptr && m < M; ++m) {
+    const int64_t b = (m0 + m) / T, D = keep.rows_a_unit;
+    const int32_t* index = keep.index + b * keep.units;
+    int64_t low = 0, high = keep.count[b];
+    while (low < high) {  // the first kept unit that has a row at or after `first`
+      const int64_t middle = (low + high) / 2;
+      if ((index[middle] + 1) * D <= first)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    for (; low < keep.count[b] && index[low] * D < last; ++low) {
+      const int64_t start = index[low] * D, end = smaller(start + D, last);
+      for (int64_t row = start < first ? first : start; row < end; ++row)
+        wanted[row - first] |= (uint64_t)1 << m;
+    }
+  }
+  rows.n = 0;
+  for (int64_t i = 0; i < last - first; ++i) {
+    rows.id[rows.n] = (int32_t)(first + i);
+    rows.wanted[rows.n] = wanted[i];
+    rows.n += wanted[i] != 0;
+  }
+}
+
+// out[i * M + m] = weight[id_i] . x[m] where wanted, else 0.
+template <class W>
+void dots(const W* weight, int64_t C, const Rows& rows, const float* x, int64_t M, float* out) {
+  if (M == 1) {
+    for (int i = 0; i < rows.n; i += kDotRows) {
+      const W *row[kDotRows], *next[kDotRows];
+      float part[kDotRows];
+      for (int r = 0; r < kDotRows; ++r) {
+        row[r] = weight + rows.id[smaller(i + r, rows.n - 1)] * C;
+        next[r] = weight + rows.id[smaller(i + r + kDotRows, rows.n - 1)] * C;
+      }
+      dot<W, kDotRows, 1>(row, next, &x, C, part, 1);
+      for (int r = 0; r < smaller(kDotRows, rows.n - i); ++r) out[i + r] = part[r];
+    }
+    return;
+  }
+  for (int i = 0; i < rows.n; ++i) {
+    const W* row = weight + rows.id[i] * C;
+    const W* next = weight + rows.id[smaller(i + 1, rows.n - 1)] * C;
+    int64_t who[kMostRows];
+    int64_t n = 0;
+    for (int64_t m = 0; m < M; ++m) {
+      out[i * M + m] = 0;
+      who[n] = m;
+      n += rows.wanted[i] >> m & 1;
+    }
+    for (int64_t j = 0; j < n; j += kDotBatch) {
+      const float* xs[kDotBatch];
+      float part[kDotBatch];
+      for (int k = 0; k < kDotBatch; ++k) xs[k] = x + who[smaller(j + k, n - 1)] * C;
+      dot<W, 1, kDotBatch>(&row, &next, xs, C, part, kDotBatch);
+      for (int k = 0; k < smaller((int64_t)kDotBatch, n - j); ++k) out[i * M + who[j + k]] = part[k];
+    }
+  }
+}
+
+// Terms of a second projection: row id[i] of the matrix times coefficient[i * M + m].
+struct Terms {
+  const int32_t* id;
+  const float* coefficient;
+  int64_t n, M;
+};
+
+// Columns [first, first + n) of y = residual + bias + sum of terms, y and residual [M, C].
+template <class W>
+void combine(const W* weight, int64_t C, const Terms& terms, int64_t first, int64_t n,
+             const float* bias, const float* residual, float* y) {
+  const int64_t stride = blocks_of(n, 2 * LANES) * 2 * LANES, M = terms.M;
+  float* acc = (float*)scratch(3, M * stride * sizeof(float));
+  for (int64_t i = 0; i < M * stride; ++i) acc[i] = 0;
+  const int step = M == 1 ? kAxpyRows : kAxpyBatchRows;
+  const float zeros[kMostRows] = {};
+  for (int64_t i = 0; i < terms.n; i += step) {
+    const W *row[kAxpyRows], *next[kAxpyRows];
+    for (int r = 0; r < step; ++r) {
+      row[r] = weight + terms.id[smaller(i + r, terms.n - 1)] * C + first;
+      next[r] = weight + terms.id[smaller(i + r + step, terms.n - 1)] * C + first;
+    }
+    if (M == 1) {
+      float coefficient[kAxpyRows];
+      for (int r = 0; r < step; ++r)
+        coefficient[r] = i + r < terms.n ? terms.coefficient[i + r] : 0.0f;
+      axpy<W, kAxpyRows>(row, next, coefficient, n, acc);
+    } else {
+      const float* coefficient[kAxpyBatchRows];
+      for (int r = 0; r < step; ++r)
+        coefficient[r] = i + r < terms.n ? terms.coefficient + (i + r) * M : zeros;
+      axpy_batch<W, kAxpyBatchRows>(row, next, coefficient, M, n, acc, stride);
+    }
+  }
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t c = 0; c < n; ++c) {
+      float value = acc[m * stride + c];
+      if (bias != nullptr) value += bias[first + c];
+      if (residual != nullptr) value += residual[m * C + first + c];
+      y[m * C + first + c] = value;
+    }
+}
+
+// Each thread takes a slice of the columns, in whole cache lines of the narrowest weight.
+template <class W>
+INLINE void combine_slice(const W* weight, int64_t C, const Terms& terms, const Team& team,
+                          const float* bias, const float* residual, float* y) {
+  const int64_t width = blocks_of(blocks_of(C, 32), team.size) * 32;
+  const int64_t first = team.rank * width;
+  if (first < C)
+    combine(weight, C, terms, first, smaller(width, C - first), bias, residual, y);
+}
+
+// Rows a task, so that every thread has several tasks and a task is worth handing out.
+INLINE int64_t task_rows(int64_t rows, int64_t threads) {
+  const int64_t size = rows / (8 * threads) / 8 * 8;
+  return size < 8 ? 8 : smaller(size, kMostUnits);
+}
+
+// ---------------------------------------------------------------------------- projections
+
+template <class W>
+void project_as(const Project& p, int64_t m0, int64_t M) {
+  int64_t rows = 0, next = 0;
+  for (int i = 0; i < p.matrices; ++i) rows += p.matrix[i].rows;
+  const int64_t size = task_rows(rows, p.threads);
+  int64_t tasks = 0;
+  for (int i = 0; i < p.matrices; ++i) tasks += blocks_of(p.matrix[i].rows, size);
+
+  in_team(smaller((int64_t)p.threads, tasks), [&](const Team&) {
+    for_tasks(&next, tasks, [&](int64_t task) {
+      const Matrix* a = p.matrix;
+      for (; task >= blocks_of(a->rows, size); ++a) task -= blocks_of(a->rows, size);
+      const int64_t first = task * size, last = smaller(first + size, a->rows);
+      Rows kept;
+      kept_rows(a->keep, first, last, m0, M, p.T, kept);
+      float value[kMostUnits * kMostRows];
+      dots((const W*)a->weight, p.C, kept, p.x + m0 * p.C, M, value);
+      for (int64_t m = 0; m < M; ++m) {
+        float* out = a->out + (m0 + m) * a->rows;
+        for (int64_t row = first; row < last; ++row) out[row] = 0;
+        for (int i = 0; i < kept.n; ++i)
+          if (kept.wanted[i] >> m & 1)
+            out[kept.id[i]] = value[i * M + m] + (a->bias ? a->bias[kept.id[i]] : 0.0f);
+      }
+    });
+  });
+}
+
+void project(const Project& p) {
+  for (int64_t m0 = 0; m0 < p.M; m0 += kMostRows)
+    with_dtype(p.dtype, [&](auto type) {
+      project_as<decltype(type)>(p, m0, smaller(kMostRows, p.M - m0));
+    });
+}
+
+template <class W>
+void out_proj_as(const OutProj& p, int64_t m0, int64_t M) {
+  int32_t* id = (int32_t*)scratch(0, p.rows * sizeof(int32_t));
+  float* coefficient = (float*)scratch(1, p.rows * M * sizeof(float));
+  Terms terms{id, coefficient, 0, M};
+  Rows kept;
+  for (int64_t first = 0; first < p.rows; first += kMostUnits) {
+    kept_rows(p.keep, first, smaller(first + kMostUnits, p.rows), m0, M, p.T, kept);
+    for (int i = 0; i < kept.n; ++i, ++terms.n) {
+      id[terms.n] = kept.id[i];
+      for (int64_t m = 0; m < M; ++m)
+        coefficient[terms.n * M + m] =
+            kept.wanted[i] >> m & 1 ? p.ctx[(m0 + m) * p.rows + kept.id[i]] : 0.0f;
+    }
+  }
+  in_team(smaller((int64_t)p.threads, blocks_of(p.C, 32)), [&](const Team& team) {
+    combine_slice((const W*)p.weight_t, p.C, terms, team, p.bias,
+                  p.residual ? p.residual + m0 * p.C : nullptr, p.y + m0 * p.C);
+  });
+}
+
+void out_proj(const OutProj& p) {
+  for (int64_t m0 = 0; m0 < p.M; m0 += kMostRows)
+    with_dtype(p.dtype, [&](auto type) {
+      out_proj_as<decltype(type)>(p, m0, smaller(kMostRows, p.M - m0));
+    });
+}
+
+// ---------------------------------------------------------------------------- MLP
+
+INLINE void activate(float* values, int64_t n, int activation) {
+  if (activation == kRelu) {
+    for (int64_t i = 0; i < n; ++i) values[i] = values[i] < 0 ? 0.0f : values[i];
+  } else if (activation == kSilu) {
+    for (int64_t i = 0; i < n; i += LANES) {
+      const vfloat v = load(values + i, n - i);
+      store(values + i, v / (1.0f + exp(-v)), n - i);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      values[i] = 0.5f * values[i] * (1.0f + erff(values[i] * 0.70710678f));
+  }
+}
+
+// Drops the rows for which no batch row has a nonzero value.
+INLINE void drop_zeros(Rows& rows, float* value, int64_t M) {
+  int n = 0;
+  for (int i = 0; i < rows.n; ++i) {
+    uint64_t nonzero = 0;
+    for (int64_t m = 0; m < M; ++m) nonzero |= (uint64_t)(value[i * M + m] != 0) << m;
+    rows.id[n] = rows.id[i];
+    rows.wanted[n] = rows.wanted[i] & nonzero;
+    for (int64_t m = 0; m < M; ++m) value[n * M + m] = value[i * M + m];
+    n += rows.wanted[n] != 0;
+  }
+  rows.n = n;
+}
+
+template <class W>
+void mlp_as(const Mlp& p, int64_t m0, int64_t M) {
+  const int64_t size = task_rows(p.F, p.threads), tasks = blocks_of(p.F, size);
+  const float* x = p.x + m0 * p.C;
+  // Every task leaves its live neurons at the start of its own stretch; then they move together.
+  int32_t* id = (int32_t*)scratch(0, (2 * p.F + tasks + 1) * sizeof(int32_t));
+  int32_t* live = id + p.F;
+  int32_t* place = live + p.F;  // [tasks + 1]: live neurons of a task, then their places
+  float* value = (float*)scratch(1, p.F * M * sizeof(float));
+  float* coefficient = (float*)scratch(2, p.F * M * sizeof(float));
+  int64_t next = 0;
+
+  in_team(smaller((int64_t)p.threads, tasks), [&](const Team& team) {
+    for_tasks(&next, tasks, [&](int64_t task) {
+      const int64_t first = task * size, last = smaller(first + size, p.F);
+      float* h = value + first * M;
+      Rows rows;
+      kept_rows(p.keep, first, last, m0, M, p.T, rows);
+      dots((const W*)p.w1, p.C, rows, x, M, h);
+      for (int i = 0; p.b1 != nullptr && i < rows.n; ++i)
+        for (int64_t m = 0; m < M; ++m)
+          if (rows.wanted[i] >> m & 1) h[i * M + m] += p.b1[rows.id[i]];
+      activate(h, rows.n * M, p.activation);
+      if (p.up != nullptr) {
+        if (p.skip_zeros) drop_zeros(rows, h, M);
+        float up[kMostUnits * kMostRows];
+        dots((const W*)p.up, p.C, rows, x, M, up);
+        for (int64_t i = 0; i < rows.n * M; ++i) h[i] *= up[i];
+      }
+      if (p.skip_zeros) drop_zeros(rows, h, M);
+      for (int i = 0; i < rows.n; ++i) id[first + i] = rows.id[i];
+      place[task] = rows.n;
+      for (int64_t m = 0; m < M; ++m) {
+        int32_t read = 0;
+        for (int i = 0; i < rows.n; ++i) read += rows.wanted[i] >> m & 1;
+        __atomic_fetch_add(p.read + (m0 + m) / p.T, read, __ATOMIC_RELAXED);
+      }
+    });
+    team.barrier();
+    int64_t n = 0;
+    for (int64_t task = 0; task < tasks; ++task) {
+      if (task % team.size == team.rank) {
+        const int64_t first = task * size;
+        __builtin_memcpy(live + n, id + first, place[task] * sizeof(int32_t));
+        __builtin_memcpy(coefficient + n * M, value + first * M, place[task] * M * sizeof(float));
+      }
+      n += place[task];
+    }
+    team.barrier();
+    combine_slice((const W*)p.w2t, p.C, Terms{live, coefficient, n, M}, team, p.b2,
+                  p.residual ? p.residual + m0 * p.C : nullptr, p.y + m0 * p.C);
+  });
+}
+
+void mlp(const Mlp& p) {
+  for (int64_t b = 0; b < p.M / p.T; ++b) p.read[b] = 0;
+  for (int64_t m0 = 0; m0 < p.M; m0 += kMostRows)
+    with_dtype(p.dtype, [&](auto type) {
+      mlp_as<decltype(type)>(p, m0, smaller(kMostRows, p.M - m0));
+    });
+}
+
+// ---------------------------------------------------------------------------- attention
+
+INLINE void rotate(const float* in, const float* cos, const float* sin, int64_t D, float* out) {
+  const int64_t half = D / 2;
+  for (int64_t d = 0; d < D; ++d) {
+    const float other = d < half ? -in[d + half] : in[d - half];
+    out[d] = cos == nullptr ? in[d] : in[d] * cos[d] + other * sin[d];
+  }
+}
+
+// Softmax in place over n scores.
+INLINE void softmax(float* score, int64_t n) {
+  float most = score[0];
+  for (int64_t i = 1; i < n; ++i) most = score[i] > most ? score[i] : most;
+  vfloat total = {};
+  for (int64_t i = 0; i < n; i += LANES) {
+    vfloat e = exp(load(score + i, n - i) - most);
+    store(score + i, e, n - i);
+    total += load(score + i, n - i);
+  }
+  const float scale = 1.0f / sum(total);
+  for (int64_t i = 0; i < n; ++i) score[i] *= scale;
+}
+
+void attention(const Attention& p) {
+  const int64_t slot = *p.position, repeat = p.H / p.G, D = p.D;
+  float* q = (float*)scratch(0, p.B * p.H * D * sizeof(float));
+  uint8_t* kept = (uint8_t*)scratch(1, p.B * p.H);
+  for (int64_t b = 0; b < p.B; ++b) {
+    const float *cos = p.cos ? p.cos + b * D : nullptr, *sin = p.sin ? p.sin + b * D : nullptr;
+    for (int64_t h = 0; h < p.H; ++h) kept[b * p.H + h] = p.keep.index == nullptr;
+    for (int64_t i = 0; p.keep.index != nullptr && i < p.keep.count[b]; ++i)
+      kept[b * p.H + p.keep.index[b * p.H + i]] = 1;
+    for (int64_t h = 0; h < p.H; ++h)
+      if (kept[b * p.H + h])
+        rotate(p.q + (b * p.H + h) * D, cos, sin, D, q + (b * p.H + h) * D);
+    for (int64_t g = 0; g < p.G; ++g) {
+      const int64_t at = ((b * p.G + g) * p.S + slot) * D;
+      rotate(p.k + (b * p.G + g) * D, cos, sin, D, p.k_cache + at);
+      __builtin_memcpy(p.v_cache + at, p.v + (b * p.G + g) * D, D * sizeof(float));
+    }
+  }
+  // The query heads of a key/value head share its stretch of the cache, unless threads lack work.
+  const int64_t heads = p.B * p.G >= 4 * p.threads || p.threads == 1 ? repeat : 1;
+  const int64_t tasks = p.B * p.H / heads;
+  const bool is_short = p.B * p.H * slot * D < 1 << 15;
+  int64_t next = 0;
+  in_team(is_short ? 1 : smaller((int64_t)p.threads, tasks), [&](const Team&) {
+    float* scores = (float*)scratch(3, (heads * (slot + 1) + D + 2 * LANES) * sizeof(float));
+    float* acc = scores + heads * (slot + 1);
+    for_tasks(&next, tasks, [&](int64_t task) {
+      const int64_t b = task * heads / p.H, h0 = task * heads % p.H, g = h0 / repeat;
+      const int64_t start = p.start[b] < 0 ? 0 : p.start[b], n = slot + 1 - start;
+      const float* keys = p.k_cache + ((b * p.G + g) * p.S + start) * D;
+      const float* values = p.v_cache + ((b * p.G + g) * p.S + start) * D;
+      constexpr int64_t CHUNK = 64;  // slots that stay in L1 while the heads of a group pass
+      for (int64_t s0 = 0; s0 < n; s0 += CHUNK)
+        for (int64_t j = 0; j < heads; ++j) {
+          const float* query = q + (b * p.H + h0 + j) * D;
+          if (!kept[b * p.H + h0 + j]) continue;
+          for (int64_t s = s0; s < smaller(s0 + CHUNK, n); s += kDotRows) {
+            const float *row[kDotRows], *ahead[kDotRows];
+            float part[kDotRows];
+            for (int r = 0; r < kDotRows; ++r) {
+              row[r] = keys + smaller(s + r, n - 1) * D;
+              ahead[r] = keys + smaller(s + r + 4 * kDotRows, n - 1) * D;
+            }
+            dot<float, kDotRows, 1>(row, ahead, &query, D, part, 1);
+            for (int r = 0; r < kDotRows && s + r < n; ++r) scores[j * n + s + r] = part[r] * p.scale;
+          }
+        }
+      for (int64_t j = 0; j < heads; ++j) {
+        float* out = p.ctx + (b * p.H + h0 + j) * D;
+        for (int64_t d = 0; d < D; ++d) out[d] = 0;
+        if (n <= 0 || !kept[b * p.H + h0 + j]) continue;
+        softmax(scores + j * n, n);
+        for (int64_t d = 0; d < D + LANES; ++d) acc[d] = 0;
+        for (int64_t s = 0; s < n; s += kAxpyRows) {
+          const float *row[kAxpyRows], *ahead[kAxpyRows];
+          float weight[kAxpyRows];
+          for (int r = 0; r < kAxpyRows; ++r) {
+            row[r] = values + smaller(s + r, n - 1) * D;
+            ahead[r] = values + smaller(s + r + 2 * kAxpyRows, n - 1) * D;
+            weight[r] = s + r < n ? scores[j * n + s + r] : 0.0f;
+          }
+          axpy<float, kAxpyRows>(row, ahead, weight, D, acc);
+        }
+        __builtin_memcpy(out, acc, D * sizeof(float));
+      }
+    });
+  });
+}
+
+// ---------------------------------------------------------------------------- RMS norm
+
+void norm(const Norm& p) {
+  for (int64_t m = 0; m < p.M; ++m) {
+    const float* x = p.x + m * p.C;
+    vfloat squares[2] = {};
+    for (int64_t i = 0; i < p.C; i += LANES) {
+      const vfloat v = load(x + i, p.C - i);
+      squares[i / LANES & 1] += v * v;
+    }
+    const float scale = 1.0f / sqrtf(sum(squares[0] + squares[1]) / (float)p.C + p.eps);
+    for (int64_t i = 0; i < p.C; ++i) p.y[m * p.C + i] = x[i] * scale * p.weight[i];
+  }
+}
+
+constexpr Table table(const char* name) {
+  return {name, project, out_proj, mlp, attention, norm};
+}

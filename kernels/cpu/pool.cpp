@@ -1,0 +1,156 @@
+#include "pool.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+
+namespace shadowc {
+namespace {
+
+constexpr int kMostThreads = 255;
+// Longer than the interpreter spends between two ops of a decode step, so workers stay awake.
+constexpr auto kSpin = std::chrono::microseconds(200);
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Waits until `value` is no longer `old`: spins first, then sleeps.
+uint32_t wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
+  for (bool spinning = true; spinning;) {
+    const auto end = std::chrono::steady_clock::now() + kSpin;
+    do {
+      for (int i = 0; i < 64; ++i) {
+        const uint32_t now = value.load(std::memory_order_acquire);
+        if (now != old) return now;
+        pause();
+      }
+    } while (std::chrono::steady_clock::now() < end);
+    spinning = false;
+  }
+  for (;;) {
+    value.wait(old, std::memory_order_acquire);
+    const uint32_t now = value.load(std::memory_order_acquire);
+    if (now != old) return now;
+  }
+}
+
+}  // namespace
+
+struct Pool {
+  std::mutex busy;
+  // Job number << 8 | team size, in one word: a worker outside the team touches nothing else, so
+  // it cannot meet a job that is being replaced.
+  std::atomic<uint32_t> job{0};
+  std::atomic<uint32_t> pending{0};
+  std::atomic<uint32_t> arrived{0};
+  std::atomic<uint32_t> phase{0};
+  Task task = nullptr;
+  void* argument = nullptr;
+  int workers = 0;
+
+  void work(int rank, uint32_t seen) {
+    for (;;) {
+      seen = wait_change(job, seen);
+      const int size = static_cast<int>(seen & 255);
+      if (rank >= size) continue;
+      task(argument, Team{rank, size, this});
+      if (pending.fetch_sub(1, std::memory_order_acq_rel) == 1) pending.notify_one();
+    }
+  }
+
+  // Makes sure that the team has `size` threads; fewer when the system gives no more.
+  int grow(int size) {
+    while (workers + 1 < size) {
+      try {
+        std::thread(&Pool::work, this, workers + 1, job.load()).detach();
+      } catch (const std::exception&) {
+        break;
+      }
+      ++workers;
+    }
+    return workers + 1 < size ? workers + 1 : size;
+  }
+
+  void run(int size, Task new_task, void* new_argument) {
+    task = new_task;
+    argument = new_argument;
+    pending.store(static_cast<uint32_t>(size - 1), std::memory_order_relaxed);
+    const uint32_t number = (job.load(std::memory_order_relaxed) >> 8) + 1;
+    job.store(number << 8 | static_cast<uint32_t>(size), std::memory_order_release);
+    job.notify_all();
+    task(argument, Team{0, size, this});
+    for (uint32_t left; (left = pending.load(std::memory_order_acquire)) != 0;)
+      wait_change(pending, left);
+  }
+};
+
+namespace {
+
+// Never destroyed: its detached workers may outlive static destructors. A forked child has none of
+// the parent's workers, so it starts with a pool of its own.
+Pool* pool = nullptr;
+
+void new_pool() { pool = new Pool; }
+
+struct Start {
+  Start() {
+    new_pool();
+    pthread_atfork(nullptr, nullptr, new_pool);
+  }
+} start;
+
+}  // namespace
+
+void Team::barrier() const {
+  if (size == 1) return;
+  const uint32_t now = pool->phase.load(std::memory_order_relaxed);
+  if (pool->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(size)) {
+    pool->arrived.store(0, std::memory_order_relaxed);
+    pool->phase.store(now + 1, std::memory_order_release);
+    pool->phase.notify_all();
+  } else {
+    wait_change(pool->phase, now);
+  }
+}
+
+void run(int threads, Task task, void* argument) {
+  if (threads > kMostThreads) threads = kMostThreads;
+  if (threads > 1) {
+    std::unique_lock<std::mutex> lock(pool->busy, std::try_to_lock);
+    if (lock.owns_lock() && (threads = pool->grow(threads)) > 1) {
+      pool->run(threads, task, argument);
+      return;
+    }
+  }
+  task(argument, Team{0, 1, nullptr});
+}
+
+void* scratch(int slot, size_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t bytes = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffers[4];
+  Buffer& buffer = buffers[slot];
+  if (buffer.bytes < bytes) {
+    std::free(buffer.data);
+    buffer.bytes = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(64, buffer.bytes);
+    if (buffer.data == nullptr) throw std::bad_alloc();
+  }
+  return buffer.data;
+}
+
+}  // namespace shadowc

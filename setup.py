@@ -1,0 +1,28 @@
+"""The native build: one plain shared library, shadowc/_native*.so, from kernels/cpu/*.cpp.
+
+Everything else about the package is in pyproject.toml. The library knows nothing of PyTorch or of
+the Python headers; it picks its instruction set when it is loaded, so no -march is given.
+"""
+
+from glob import glob
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "shadowc._native",
+            sources=sorted(glob("kernels/cpu/*.cpp")),
+            depends=sorted(glob("kernels/cpu/*.h")),
+            extra_compile_args=[
+                "-O3",
+                "-std=c++20",
+                "-fvisibility=hidden",
+                "-ffp-contract=fast",
+                "-fno-math-errno",
+            ],
+            extra_link_args=["-pthread"],
+            language="c++",
+        )
+    ]
+)
