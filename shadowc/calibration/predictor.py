@@ -29,7 +29,8 @@ class ShadowPredictor(nn.Module):
     Args:
         shape: Shape of the model whose units are scored.
         rank: R, width of the code; what a token reads is about R x units.
-        random_features: M, random ReLU features beside the C linear ones.
+        random_features: M, random ReLU features beside the linear ones.
+        width: Of the feature: C for `residual` (the default), H*D for `context`.
     """
 
     feature_mean: Tensor
@@ -42,9 +43,12 @@ class ShadowPredictor(nn.Module):
     neurons_weight: Tensor
     neurons_bias: Tensor
 
-    def __init__(self, shape: ModelShape, rank: int, random_features: int) -> None:
+    def __init__(
+        self, shape: ModelShape, rank: int, random_features: int, width: int | None = None
+    ) -> None:
+        """Make it with zero weights, to be filled by a fit or by `load_state_dict`."""
         super().__init__()
-        c, f = shape.hidden, shape.ffn
+        c, f = width or shape.hidden, shape.ffn
         heads, neurons = (shape.layers - 1) * shape.heads, shape.layers * f
         sizes = {
             "feature_mean": (c,),

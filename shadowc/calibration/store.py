@@ -6,12 +6,8 @@ them, then the shapes, before anything is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +17,13 @@ from torch import Tensor
 
 from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.config import ModelShape
+from shadowc.directory import atomic_directory, sha256
 from shadowc.errors import CalibrationError
 
 SCHEMA = 1
 JSON_FILE = "calibration.json"
 TENSOR_FILE = "calibration.safetensors"
+_PREFIX = "predictor."
 _MEANS = ("mean_head_scores", "mean_neuron_scores", "zero_rate")
 
 
@@ -83,95 +81,43 @@ class Calibration:
         """
         if self.predictor == "static":
             return None
-        predictor = ShadowPredictor(self.shape, self.rank, self.random_features)
+        shape = self.shape
+        width = shape.hidden if self.feature == "residual" else shape.heads * shape.head_dim
+        predictor = ShadowPredictor(shape, self.rank, self.random_features, width)
         try:
             predictor.load_state_dict(self.weights)
         except RuntimeError as error:
             raise CalibrationError("the predictor does not fit the model", got=error) from error
         return predictor.eval()
 
+    def summary(self) -> dict[str, Any]:
+        """Everything but the tensors, as plain JSON values."""
+        names = (item.name for item in fields(self) if item.name not in (*_MEANS, "weights"))
+        return {name: getattr(self, name) for name in names} | {"shape": self.shape.to_json()}
+
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by the names they have in the file."""
+        """All tensors by the names that they have in the file."""
         means = {name: getattr(self, name) for name in _MEANS}
-        return means | {f"predictor.{name}": value for name, value in self.weights.items()}
+        return means | {_PREFIX + name: value for name, value in self.weights.items()}
 
 
 def save_calibration(calibration: Calibration, directory: str | Path) -> Path:
-    """Write a calibration directory, whole or not at all.
-
-    An existing calibration there is replaced; any other non-empty directory is refused.
+    """Write a calibration directory, whole or not at all; one that is there is replaced.
 
     Returns:
         The directory.
 
     Raises:
-        CalibrationError: If it cannot be written.
+        CalibrationError: If it cannot be written, or something else is there.
     """
     target = Path(directory).resolve()
-    tensors = {name: value.contiguous() for name, value in calibration.tensors().items()}
-    payload = safetensors.torch.save(tensors)
-    header: dict[str, Any] = {"schema": SCHEMA}
-    for item in fields(calibration):
-        if item.name not in (*_MEANS, "weights"):
-            header[item.name] = getattr(calibration, item.name)
-    header["shape"] = asdict(calibration.shape)
-    header["tensors"] = {
-        "file": TENSOR_FILE,
-        "sha256": hashlib.sha256(payload).hexdigest(),
-        "bytes": len(payload),
-    }
-    text = json.dumps(header, indent=2) + "\n"
-    try:
-        _replace(target, {TENSOR_FILE: payload, JSON_FILE: text.encode()})
-    except OSError as error:
-        raise CalibrationError(
-            f"cannot write the calibration {target}",
-            expected="a writable directory with enough free space",
-            got=error.strerror or error,
-            fix="free some space or choose another place with --output",
-        ) from error
+    with atomic_directory(target, marker=JSON_FILE, error=CalibrationError) as new:
+        file = new / TENSOR_FILE
+        file.write_bytes(safetensors.torch.save(calibration.tensors()))
+        entry = {"file": TENSOR_FILE, "bytes": file.stat().st_size, "sha256": sha256(file)}
+        header = {"schema": SCHEMA, **calibration.summary(), "tensors": entry}
+        (new / JSON_FILE).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     return target
-
-
-def _replace(target: Path, files: dict[str, bytes]) -> None:
-    """Put a directory of `files` at `target`: a temporary one beside it, fsync, rename."""
-    if target.exists() and (not target.is_dir() or {*os.listdir(target)} - {*files}):
-        raise CalibrationError(
-            f"{target} exists and is not a calibration",
-            expected="a new directory, or a calibration to replace",
-            fix="choose another place with --output",
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        new, old = work / "new", work / "old"
-        new.mkdir()
-        for name, content in files.items():
-            with open(new / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        _sync_directory(new)
-        if target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            raise
-        _sync_directory(target.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _sync_directory(path: Path) -> None:
-    """Make the names in `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_calibration(directory: str | Path) -> Calibration:
@@ -185,31 +131,30 @@ def load_calibration(directory: str | Path) -> Calibration:
     try:
         header = json.loads(_read(path))
     except ValueError as error:
-        raise _damaged(path, "valid JSON", error) from error
-    if not isinstance(header, dict) or header.pop("schema", None) != SCHEMA:
-        raise _damaged(path, f"schema {SCHEMA}", "another schema, or none")
+        raise _damaged(path, "JSON", error) from error
+    schema = header.pop("schema", None) if isinstance(header, dict) else None
+    if schema != SCHEMA:
+        raise CalibrationError(
+            f"{path} has another schema than this version of shadowc reads",
+            expected=SCHEMA,
+            got=schema,
+            fix="calibrate again: shadowc calibrate MODEL",
+        )
+    tensor_path = path.with_name(TENSOR_FILE)
+    payload = _read(tensor_path)
     try:
         entry = header.pop("tensors")
-        digest, size = entry["sha256"], entry["bytes"]
-        header["shape"] = ModelShape(**header["shape"])
-    except (KeyError, TypeError) as error:
-        raise _damaged(path, "the keys of a calibration", error) from error
-
-    path = Path(directory) / TENSOR_FILE
-    payload = _read(path)
-    if len(payload) != size or hashlib.sha256(payload).hexdigest() != digest:
-        raise _damaged(path, f"{size} bytes with sha256 {digest}", f"{len(payload)} bytes")
-    try:
+        if len(payload) != entry["bytes"] or sha256(tensor_path) != entry["sha256"]:
+            size = f"{entry['bytes']} bytes with sha256 {entry['sha256']}"
+            raise _damaged(tensor_path, size, f"{len(payload)} bytes, or another hash")
         tensors = safetensors.torch.load(payload)
         means = {name: tensors.pop(name) for name in _MEANS}
-        weights = {name.removeprefix("predictor."): value for name, value in tensors.items()}
-        calibration = Calibration(**header, **means, weights=weights)
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise _damaged(path, "the tensors of a calibration", error) from error
-    try:
+        weights = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
+        header |= {"shape": ModelShape(**header["shape"]), "weights": weights, **means}
+        calibration = Calibration(**header)
         _check_shapes(calibration)
-    except (CalibrationError, TypeError, ValueError) as error:
-        raise _damaged(path, "tensors of the shape that the JSON states", error) from error
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _damaged(path, "the keys and tensor shapes of a calibration", error) from error
     return calibration
 
 
