@@ -3,7 +3,7 @@
     manifest.json                      schema, model, policy, target, versions, sha256 + size of every file
     config.json, tokenizer ...         Hugging Face files of the model
     model.safetensors                  packed weights, once
-    predictor.safetensors              predictor, and keep sets that never change
+    predictor.safetensors              predictor, mean scores, and keep sets that never change
     programs/*.json                    what the target runs
     report.json                        what was measured on this artifact
 
@@ -29,7 +29,7 @@ from shadowc.errors import ArtifactError
 SCHEMA = 1
 MANIFEST, REPORT = "manifest.json", "report.json"
 WEIGHTS, PREDICTOR = "model.safetensors", "predictor.safetensors"
-PREDICTOR_PREFIXES = ("predictor.", "keep.")
+PREDICTOR_PREFIXES = ("predictor.", "keep.", "scores.")
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,9 @@ def build_programs(
         dtype=dtype,
         dump=dump,
     )
+    if sparse and calibration is not None:  # what `static` would rank by, for evaluation
+        packed["scores.heads"] = calibration.mean_head_scores
+        packed["scores.neurons"] = calibration.mean_neuron_scores
     read = 0.0
     if "decode" in programs:
         names = set(programs["decode"].weights)

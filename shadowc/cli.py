@@ -1,0 +1,582 @@
+"""The command line: parses, calls one function, prints. Heavy imports are inside the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from shadowc import config
+from shadowc.errors import ArtifactError, CalibrationError, OptionError, ShadowcError
+
+if TYPE_CHECKING:
+    import torch
+
+    from shadowc.calibration.store import Calibration
+    from shadowc.config import Policy
+    from shadowc.models import ModelSource
+
+Result = dict[str, Any]
+
+CALIBRATIONS, ARTIFACTS = Path("calibrations"), Path("artifacts")
+REFRESH = {"prompt": 0, "token": 1}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+out, err = Console(), Console(stderr=True)
+app = typer.Typer(
+    help="Compile OPT and Llama checkpoints to run with contextual sparsity.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What compile wrote.")]
+Output = Annotated[Path | None, typer.Option(help="Directory to write.", show_default=False)]
+Data = Annotated[
+    str, typer.Option(metavar="NAME|FILE", help="pydoc, self, a file, or a hub data set.")
+]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def command(
+    name: str, show: Callable[[Result], None], example: str
+) -> Callable[[Callable[..., Result]], Callable[..., None]]:
+    """Make a command of a function that returns what `--json` prints.
+
+    Args:
+        name: Name of the command.
+        show: Prints the result for people.
+        example: Shown below the command's help.
+    """
+
+    def wrap(function: Callable[..., Result]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**options: Any) -> None:
+            with _reported(options["debug"]):
+                if options["as_json"]:
+                    with contextlib.redirect_stdout(sys.stderr):
+                        result = function(**options)
+                    print(json.dumps(result))
+                else:
+                    show(function(**options))
+
+        return app.command(name, epilog=f"Example: {example}")(run)
+
+    return wrap
+
+
+@contextlib.contextmanager
+def _reported(debug: bool) -> Iterator[None]:
+    """Turn errors that a user can mend into one message and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        message, code = "interrupted: no unfinished directory is left behind", 130
+    except ShadowcError as error:
+        message, code = f"error: {error}", error.exit_code
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        message, code = f"error: cannot read or write{where}: {error.strerror or error}", 2
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        message, code = "error: not enough memory for this model", 2
+    else:
+        return
+    if debug:
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    raise typer.Exit(code)
+
+
+# calibrate ----------------------------------------------------------------------------------------
+
+
+def _show_calibrate(result: Result) -> None:
+    table = _table("held-out", "heads", "neurons")
+    spearman = (result[f"spearman_{kind}"] for kind in ("heads", "neurons"))
+    table.add_row("Spearman", *map(_number, spearman))
+    for share in (30, 50, 70):
+        heads, neurons = (result.get(f"recall_{kind}_{share}") for kind in ("heads", "neurons"))
+        table.add_row(f"recall of the best {share}%", _number(heads), _number(neurons))
+    out.print(table)
+    out.print(f"{result['examples']} examples, {result['seconds']:.1f} s -> {result['output']}")
+    out.print(f"next: shadowc compile {result['output']} --target cpu")
+
+
+@command(
+    "calibrate",
+    _show_calibrate,
+    "shadowc calibrate opt-books-15m --criterion sens --examples 128",
+)
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Alias, hub id, directory, .gguf or random:ALIAS.")],
+    criterion: Annotated[str, typer.Option(help="See: shadowc criteria.")] = "plainact",
+    predictor: Annotated[str, typer.Option(help=" | ".join(config.PREDICTORS))] = "shadow",
+    feature: Annotated[str, typer.Option(help=" | ".join(config.FEATURES))] = "residual",
+    rank: Annotated[int | None, typer.Option(help="Width of the predictor.")] = None,
+    data: Data = "pydoc",
+    examples: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    device: Annotated[str, typer.Option(help="auto | cpu")] = "auto",
+    output: Output = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on with interrupted work.")] = False,
+    seed: int = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Measure which units matter and fit the predictor."""
+    raise NotImplementedError
+
+
+# compile ------------------------------------------------------------------------------------------
+
+
+def _show_compile(result: Result) -> None:
+    out.print(
+        f"{result['output']}: {result['head_sparsity']:.1%} of the heads and "
+        f"{result['neuron_sparsity']:.1%} of the neurons do not run, "
+        f"{result['weight_bytes_skipped']:.1%} of the layers' weight bytes are not read"
+    )
+    out.print(f"checked: logits within {result['max_abs_error']:.2g} of the masked program")
+    out.print(f"next: shadowc run {result['output']} --prompt 'It was'")
+
+
+@command("compile", _show_compile, "shadowc compile --target cpu --sparsity 0.5")
+def compile_(
+    calibration: Annotated[
+        Path | None,
+        typer.Argument(help=f"What calibrate wrote; default: the newest in {CALIBRATIONS}/."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="See: shadowc targets.")] = "cpu",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of heads and of neurons that do not run (default 0.5)."),
+    ] = None,
+    head_sparsity: Annotated[float | None, typer.Option(help="The heads' share alone.")] = None,
+    neuron_sparsity: Annotated[float | None, typer.Option(help="The neurons' share alone.")] = None,
+    budget: Annotated[
+        str, typer.Option(help="What --sparsity counts: units | bytes (not read).")
+    ] = "units",
+    scope: Annotated[str, typer.Option(help=" | ".join(config.SCOPES))] = "global",
+    refresh: Annotated[str, typer.Option(help="New masks each: token | prompt | n")] = "token",
+    predictor: Annotated[
+        str | None, typer.Option(help="static: use the mean scores instead of the predictor.")
+    ] = None,
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Prompt and generation; default: the model's limit.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's half type, or bf16) | fp32 | bf16 | fp16")
+    ] = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="The model, where the calibration's name no longer finds it.")
+    ] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write the graph after each pass.")] = None,
+    output: Output = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Compile a model with a calibration into an artifact."""
+    policy = _policy(sparsity, head_sparsity, neuron_sparsity, budget, scope, refresh)
+    _choice("dtype", dtype, ("auto", *DTYPES))
+    _choice("predictor", predictor or "static", ("static",))
+    with err.status("loading"):
+        from shadowc import budget as budgets
+        from shadowc import compiler, targets
+        from shadowc.calibration.store import load_calibration
+        from shadowc.models import load_model, slug
+
+        targets.load_target(target)
+        dense = policy.head_sparsity == policy.neuron_sparsity == 0 and budget == "units"
+        chosen: Calibration | None = None
+        if calibration is not None or not (dense and model):
+            path = calibration or _newest_calibration()
+            chosen = load_calibration(path)
+            if calibration is None:
+                err.print(f"using {path}, the newest calibration here")
+        if chosen is not None and predictor == "static":
+            chosen = replace(chosen, predictor="static", rank=0, random_features=0, weights={})
+        name = model or (chosen.model["name"] if chosen else "")
+        if chosen is not None and budget == "bytes":
+            policy = budgets.allot(chosen, policy.head_sparsity, policy)
+        loaded = load_model(name)
+        stored = _stored_type(loaded.source, dtype)
+        if output is None:
+            parts = [slug(name)]
+            if chosen is not None and not dense:
+                parts += [chosen.criterion] + ["static"] * (chosen.predictor == "static")
+            parts += _policy_name(policy, budget, sparsity)
+            output = ARTIFACTS / "-".join([*parts, target])
+    with err.status(f"compiling {name}"):
+        artifact = compiler.compile_model(
+            loaded,
+            None if dense else chosen,
+            policy,
+            output,
+            target=target,
+            dtype=stored,
+            max_seq_len=max_seq_len,
+            extra={"budget": {"kind": budget, "sparsity": sparsity}},
+            dump=dump,
+        )
+    return {"output": str(output), "target": target, **artifact.report()["compile"]}
+
+
+def _policy(
+    sparsity: float | None,
+    heads: float | None,
+    neurons: float | None,
+    budget: str,
+    scope: str,
+    refresh: str,
+) -> Policy:
+    _choice("budget", budget, config.BUDGETS)
+    if heads is not None or neurons is not None:
+        if sparsity is not None or budget == "bytes":
+            raise OptionError(
+                "--head-sparsity and --neuron-sparsity exclude --sparsity and --budget bytes",
+                expected="one way to say how much to skip",
+            )
+    else:
+        heads = neurons = 0.5 if sparsity is None else sparsity
+    every = REFRESH.get(refresh, -1)
+    if every < 0 and refresh.isascii() and refresh.isdigit():
+        every = int(refresh) or -1
+    if every < 0:
+        raise OptionError(
+            f"refresh {refresh!r} is unknown", expected="token, prompt or a number of tokens"
+        )
+    return config.Policy(heads or 0.0, neurons or 0.0, scope=scope, refresh=every)
+
+
+def _policy_name(policy: Policy, budget: str, sparsity: float | None) -> list[str]:
+    """The parts of a default output's name that tell policies apart."""
+    heads, neurons = (f"{100 * s:.3g}".zfill(2) for s in (policy.head_sparsity,
+                                                           policy.neuron_sparsity))  # fmt: skip
+    if budget == "bytes":
+        name = f"b{100 * (0.5 if sparsity is None else sparsity):02.3g}"
+    else:
+        name = f"s{heads}" if heads == neurons else f"h{heads}-n{neurons}"
+    refresh = {0: ["prompt"], 1: []}.get(policy.refresh, [f"every{policy.refresh}"])
+    return [name, *(["local"] if policy.scope == "local" else []), *refresh]
+
+
+def _newest_calibration() -> Path:
+    from shadowc.calibration.store import JSON_FILE
+
+    found = sorted(CALIBRATIONS.glob(f"*/{JSON_FILE}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise CalibrationError(
+            f"there is no calibration in {CALIBRATIONS}/",
+            fix="run: shadowc calibrate MODEL; or name the directory of one",
+        )
+    return found[-1].parent
+
+
+def _stored_type(source: ModelSource, dtype: str) -> torch.dtype:
+    """The type of the artifact's matrices; `auto` is the checkpoint's if it is a half type."""
+    import torch
+
+    if dtype != "auto":
+        chosen: torch.dtype = getattr(torch, DTYPES[dtype])
+        return chosen
+    settings: Result = {}
+    with contextlib.suppress(OSError, ValueError):
+        settings = json.loads((Path(source.path or "") / "config.json").read_text())
+    stored = settings.get("dtype") or settings.get("torch_dtype")
+    return torch.float16 if stored == "float16" else torch.bfloat16
+
+
+# run ----------------------------------------------------------------------------------------------
+
+
+def _show_run(result: Result) -> None:
+    err.print(f"{result['tokens']} tokens, {result['ms_per_token']:.2f} ms a token")
+
+
+@command(
+    "run",
+    _show_run,
+    "shadowc run artifacts/opt-books-15m-plainact-s50-cpu --prompt 'It was'",
+)
+def run(
+    artifact: ArtifactPath,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: int = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Generate text, streamed."""
+    with err.status("loading"):
+        from shadowc.runtime.loading import load
+        from shadowc.runtime.streaming import generate
+
+        model = load(artifact)
+    show = None if as_json else functools.partial(print, end="", flush=True)
+    result = generate(
+        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, show=show
+    )
+    if show:
+        show("\n")
+    return result
+
+
+# eval ---------------------------------------------------------------------------------------------
+
+
+def _show_eval(result: Result) -> None:
+    table = _table("masks", "perplexity", "heads skipped", "neurons skipped")
+    for name, value in result["variants"].items():
+        table.add_row(
+            name,
+            _perplexity(value["perplexity"]),
+            f"{value['head_sparsity']:.1%}",
+            f"{value['neuron_sparsity']:.1%}",
+        )
+    out.print(table)
+    for name, value in result["tasks"].items():
+        out.print(
+            f"{name}: {value['accuracy']:.1%} right, dense {value['dense_accuracy']:.1%} "
+            f"({value['questions']} questions)"
+        )
+    out.print(f"{result['tokens']} tokens of {result['data']}, masks of each token are causal")
+
+
+@command(
+    "eval",
+    _show_eval,
+    "shadowc eval artifacts/opt-books-15m-plainact-s50-cpu --against dense,static,random",
+)
+def eval_(
+    artifact: ArtifactPath,
+    data: Data = "pydoc",
+    tasks: Annotated[
+        str, typer.Option(help="Comma list of piqa, copa, rte, ... or TASK:FILE.jsonl.")
+    ] = "",
+    against: Annotated[
+        str, typer.Option(help="Comma list of dense, static, random, oracle.")
+    ] = "dense",
+    tokens: Annotated[int, typer.Option(min=2, help="About how many tokens to score.")] = 8192,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of each task.")] = 100,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Measure quality: causal perplexity and tasks, beside the dense model."""
+    with err.status("loading"):
+        from shadowc.artifact import open_artifact
+        from shadowc.evaluation.perplexity import evaluate_artifact
+        from shadowc.evaluation.report import save_section
+
+        opened = open_artifact(artifact)
+    with _progress() as progress:
+        result = evaluate_artifact(
+            opened,
+            data=data,
+            seq_len=seq_len,
+            tokens=tokens,
+            against=_split(against),
+            tasks=_split(tasks),
+            questions=questions,
+            track=functools.partial(progress.track, description="scoring"),
+        )
+    _save(save_section, opened, "eval", result)
+    return result
+
+
+# bench --------------------------------------------------------------------------------------------
+
+
+def _show_bench(result: Result) -> None:
+    table = _table("decode, batch " + str(result["batch"]), "ms a token", "beside dense")
+    dense = result["dense_ms_per_token"]
+    for name, key in (
+        ("artifact", "ms_per_token"),
+        ("exact (zero rows skipped)", "exact_ms_per_token"),
+        ("dense, same runtime", "dense_ms_per_token"),
+        ("Hugging Face eager", "hugging_face_ms_per_token"),
+    ):
+        if result[key] is not None:
+            table.add_row(name, f"{result[key]:.2f}", f"{result[key] / dense:.2f}x")
+    out.print(table)
+    if result["left_out"]:
+        out.print(f"Hugging Face eager was left out: {escape(result['left_out'])}")
+    if result["random_weights"]:
+        out.print("random weights: the speed means something, the text does not")
+    out.print(
+        f"weights read a token: {result['bytes_per_token'] / 1e6:.1f} MB of "
+        f"{result['dense_bytes_per_token'] / 1e6:.1f} MB; "
+        f"{result['bandwidth_share']:.0%} of the memory's {result['read_bandwidth'] / 1e9:.1f} GB/s"
+        f" (dense {result['dense_bandwidth_share']:.0%})"
+    )
+    if result["selection_ms"] is not None:
+        out.print(
+            f"predictor and selection: {result['selection_ms']:.3f} ms, "
+            f"{result['selection_share_of_dense']:.1%} of a dense step"
+        )
+    out.print(
+        f"peak memory: {result['peak_memory_bytes'] / 1e6:.0f} MB, "
+        f"{result['peak_memory_above_start_bytes'] / 1e6:.0f} MB more than before loading "
+        f"(weights {result['weights_bytes'] / 1e6:.0f} MB)"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    out.print(
+        f"{result['device']}, {result['isa']}, {result['threads']} threads, {result['dtype']}; "
+        f"prompt {result['prompt_len']}, {result['new_tokens']} new tokens; {versions}"
+    )
+
+
+@command("bench", _show_bench, "shadowc bench artifacts/opt-books-15m-plainact-s50-cpu")
+def bench(
+    artifact: ArtifactPath,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    data: Data = "pydoc",
+    hugging_face: Annotated[bool, typer.Option(help="Also run the original model.")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Measure speed: the artifact beside its dense original."""
+    with err.status("loading"):
+        from shadowc.artifact import open_artifact
+        from shadowc.evaluation.bench import bench as measure
+        from shadowc.evaluation.report import save_section
+
+        opened = open_artifact(artifact)
+    with _progress() as progress:
+        task = progress.add_task("decoding in turns", total=1.0)
+        result = measure(
+            opened,
+            prompt_len=prompt_len,
+            new_tokens=new_tokens,
+            batch=batch,
+            data=data,
+            hugging_face=hugging_face,
+            progress=lambda share: progress.update(task, completed=share),
+        )
+    _save(save_section, opened, "bench", result)
+    return result
+
+
+# inspect, targets, criteria -----------------------------------------------------------------------
+
+
+def _show_inspect(result: Result) -> None:
+    for key, value in result.items():
+        if not isinstance(value, dict | list):
+            out.print(f"{key}: {value}", highlight=False)
+    if "layers" not in result:
+        return
+    table = _table("layer", "heads", "neurons", "rows of the second projection")
+    for index, (heads, neurons, rows) in enumerate(result["layers"]):
+        table.add_row(str(index), f"{heads:.1f}", f"{neurons:.0f}", f"{rows:.0f}")
+    out.print("mean of what ran while it was checked:")
+    out.print(table)
+
+
+@command("inspect", _show_inspect, "shadowc inspect artifacts/opt-books-15m-plainact-s50-cpu")
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="ARTIFACT|CALIBRATION")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Say what a directory is, after its hashes are verified."""
+    with err.status("verifying"):
+        from shadowc.artifact import MANIFEST, open_artifact
+        from shadowc.calibration.store import JSON_FILE, load_calibration
+        from shadowc.evaluation.report import describe_artifact, describe_calibration
+
+        if (directory / JSON_FILE).exists():
+            return describe_calibration(load_calibration(directory), directory)
+        if (directory / MANIFEST).exists():
+            return describe_artifact(open_artifact(directory))
+    raise ArtifactError(
+        f"{directory} is neither an artifact nor a calibration",
+        expected=f"a directory with {MANIFEST} or {JSON_FILE}",
+    )
+
+
+def _show_names(result: Result) -> None:
+    table = _table(*next(iter(result.values()))[0])
+    for row in next(iter(result.values())):
+        table.add_row(*row.values())
+    out.print(table)
+
+
+@command("targets", _show_names, "shadowc targets")
+def targets(as_json: AsJson = False, debug: Debug = False) -> Result:
+    """List what can be compiled for."""
+    with err.status("looking"):
+        from shadowc.targets import TARGETS, load_target
+
+        names = [{"target": name, "what": load_target(name).DESCRIPTION} for name in TARGETS]
+    return {"targets": names}
+
+
+@command("criteria", _show_names, "shadowc criteria")
+def criteria(as_json: AsJson = False, debug: Debug = False) -> Result:
+    """List what can rank the units."""
+    raise NotImplementedError
+
+
+# Shared -------------------------------------------------------------------------------------------
+
+
+def _choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise OptionError(f"unknown {option} {value!r}", expected=", ".join(known), got=value)
+
+
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+def _progress() -> Any:
+    from rich.progress import Progress
+
+    return Progress(console=err, transient=True)
+
+
+def _save(save: Callable[..., None], artifact: Any, section: str, result: Result) -> None:
+    """Keep what was measured in the artifact's report, if it can be written."""
+    try:
+        save(artifact, section, result)
+    except OSError as error:
+        err.print(f"the report of {artifact.path} was not updated: {error.strerror}")

@@ -1,0 +1,289 @@
+"""Quality of an artifact: causal perplexity and task accuracy, with the masks that decoding has.
+
+    artifact   its own masks: the predictor's, or fixed ones
+    dense      every unit
+    static     the mean scores of calibration, the same masks for every token
+    random     new random scores for every token: the control
+    oracle     the true scores of each token, from its own gradients: what a perfect predictor gives
+
+All run the same program on the same weights and are scored on the same tokens; only the masks
+differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from shadowc.artifact import Artifact
+from shadowc.calibration.data import Question, encode_answer, load_questions
+from shadowc.errors import OptionError
+from shadowc.evaluation.masks import mask_source, teacher_forced, with_given_masks
+from shadowc.evaluation.text import as_loaded, held_out
+from shadowc.passes.insert_predictor import MaskMaker, StaticScores
+from shadowc.runtime.loading import load
+from shadowc.runtime.session import Session
+from shadowc.versions import versions
+
+if TYPE_CHECKING:
+    from shadowc.models import LoadedModel
+
+AGAINST = ("dense", "static", "random", "oracle")
+
+#: Token ids [B, T] -> scores of heads [B, T, L, H] and neurons [B, T, L, F], in ranking units.
+Scores = Callable[[Tensor], tuple[Tensor, Tensor]]
+#: Wraps an iterable to show progress.
+Track = Callable[[Sequence[Tensor]], Iterable[Tensor]]
+
+_BATCH_LOGITS = 1 << 25
+
+
+@dataclass
+class Tally:
+    """What one kind of masks made of the scored tokens.
+
+    Attributes:
+        loss: Sum of the cross-entropies, in nats.
+        tokens: Scored tokens.
+        heads: Share of all heads that ran, summed over tokens.
+        neurons: Share of all neurons that ran, summed over tokens.
+    """
+
+    loss: float = 0.0
+    tokens: int = 0
+    heads: float = 0.0
+    neurons: float = 0.0
+
+    def add(self, ids: Tensor, results: dict[str, Tensor], first: int) -> None:
+        """Count the predictions that the tokens from `first` on make.
+
+        Args:
+            ids: int64 [B, T].
+            results: What `teacher_forced` returned.
+            first: Position of the first token that decodes.
+        """
+        logits, targets = results["logits"][:, first:-1], ids[:, first + 1 :]
+        self.loss += float(
+            nn.functional.cross_entropy(
+                logits.flatten(0, 1).double(), targets.flatten(), reduction="sum"
+            )
+        )
+        self.tokens += targets.numel()
+        for name in ("head", "neuron"):
+            mask = results.get(f"{name}_mask")
+            ran = 1.0 if mask is None else float(mask[:, first:-1].float().mean())
+            setattr(self, f"{name}s", getattr(self, f"{name}s") + ran * targets.numel())
+
+    def to_json(self) -> dict[str, Any]:
+        """Perplexity and what ran."""
+        return {
+            "perplexity": math.exp(min(self.loss / self.tokens, 700.0)),
+            "tokens": self.tokens,
+            "head_sparsity": 1.0 - self.heads / self.tokens,
+            "neuron_sparsity": 1.0 - self.neurons / self.tokens,
+        }
+
+
+def evaluate(
+    session: Session,
+    windows: Sequence[Sequence[int]],
+    *,
+    against: Sequence[str] = ("dense",),
+    oracle: Scores | None = None,
+    seed: int = 0,
+    track: Track = iter,
+) -> dict[str, dict[str, Any]]:
+    """Perplexity of an artifact and of other masks with the same budget.
+
+    With a mask that is refreshed, all tokens but a window's first decode; with one mask for each
+    prompt, the first half of a window is the prompt and the other half is scored.
+
+    Args:
+        session: The artifact.
+        windows: Token ids of the texts, as `evaluation_windows` gives them.
+        against: Names out of `AGAINST`.
+        oracle: The true scores; needed for `oracle`.
+        seed: Of the random masks.
+        track: Wraps the batches to show progress.
+
+    Returns:
+        For `artifact` and each name: perplexity, tokens, head_sparsity, neuron_sparsity.
+
+    Raises:
+        OptionError: If a name is unknown or this artifact cannot give it.
+    """
+    masks = _mask_makers(session, against, oracle, seed)
+    if masks:
+        given = with_given_masks(session.programs["masked"])
+        session = session.with_program("given_masks", given)
+    tallies = {name: Tally() for name in ("artifact", *against)}
+    for ids in track(batches(windows, session.shape.vocab)):
+        tokens = ids.shape[1]
+        prompt = 1 if session.policy.refresh else tokens // 2
+        tallies["artifact"].add(ids, teacher_forced(session, ids, prompt=prompt), prompt)
+        if "dense" in tallies:
+            tallies["dense"].add(ids, teacher_forced(session, ids, prompt=tokens), prompt)
+        for name, make in masks.items():
+            results = teacher_forced(session, ids, prompt=prompt, masks=make(ids, prompt))
+            tallies[name].add(ids, results, prompt)
+    return {name: tally.to_json() for name, tally in tallies.items()}
+
+
+def batches(windows: Sequence[Sequence[int]], vocab: int) -> list[Tensor]:
+    """Windows of equal length together, int64 [B, T], so that the logits stay small."""
+    found: list[list[Sequence[int]]] = []
+    for window in windows:
+        most = max(1, _BATCH_LOGITS // (len(window) * vocab))
+        if not found or len(found[-1][0]) != len(window) or len(found[-1]) >= most:
+            found.append([])
+        found[-1].append(window)
+    return [torch.tensor(batch) for batch in found]
+
+
+def accuracy(
+    session: Session, loaded: LoadedModel, questions: Sequence[Question], *, dense: bool = False
+) -> float:
+    """Share of multiple-choice questions whose right choice is the likeliest.
+
+    The question's tokens are masked too, unless the mask is made once, at the prompt's end.
+
+    Args:
+        session: The artifact.
+        loaded: Its tokenizer, as `as_loaded` gives it.
+        questions: Multiple-choice questions.
+        dense: Run every unit instead.
+    """
+    right = 0
+    for question in questions:
+        scores = []
+        for prompt, ending in question.choices:
+            example = encode_answer(loaded, prompt, ending)
+            ids, start = torch.tensor([example.ids]), example.scored.index(True)
+            decodes = 1 if session.policy.refresh else start
+            results = teacher_forced(session, ids, prompt=ids.shape[1] if dense else decodes)
+            found = results["logits"][0, start - 1 : -1].log_softmax(-1)
+            scores.append(float(found.gather(1, ids[0, start:, None]).sum()))
+        right += scores.index(max(scores)) == question.label
+    return right / len(questions)
+
+
+class _GivenScores(nn.Module):
+    """A predictor that knows the scores already."""
+
+    def __init__(self, heads: Tensor, neurons: Tensor) -> None:
+        super().__init__()
+        self.scores = heads[:, :, 1:], neurons
+
+    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """The given scores of layers 1.. (heads) and of all layers (neurons)."""
+        return self.scores
+
+
+def _mask_makers(
+    session: Session, against: Sequence[str], oracle: Scores | None, seed: int
+) -> dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]]:
+    """For each name that needs other masks: (ids, prompt) -> masks of heads and neurons."""
+    for name in against:
+        if name not in AGAINST:
+            raise OptionError(f"nothing to compare with is called {name!r}", expected=AGAINST)
+    others = [name for name in against if name != "dense"]
+    if others and "mask_source" not in session.programs["masked"].inputs:
+        raise OptionError(
+            f"this artifact skips no units, so there is no {others[0]!r} to compare with",
+            expected="--against dense",
+        )
+    shape = session.shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(ids: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            torch.rand(*ids.shape, shape.layers, shape.heads, generator=generator),
+            torch.rand(*ids.shape, shape.layers, shape.ffn, generator=generator),
+        )
+
+    def static(ids: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
+        scores = session.tensors["scores.heads"], session.tensors["scores.neurons"]
+        return _masks(StaticScores(*scores), session, ids, prompt)
+
+    def ranked(scores: Scores) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+        return lambda ids, prompt: _masks(_GivenScores(*scores(ids)), session, ids, prompt)
+
+    makers = {"static": static, "random": ranked(draw)}
+    if "oracle" in others:
+        if oracle is None:
+            raise OptionError("the oracle needs the original model and its calibration")
+        makers["oracle"] = ranked(oracle)
+    return {name: makers[name] for name in others}
+
+
+@torch.inference_mode()
+def _masks(
+    predictor: nn.Module, session: Session, ids: Tensor, prompt: int
+) -> tuple[Tensor, Tensor]:
+    batch, tokens = ids.shape
+    source = mask_source(tokens, prompt=prompt, refresh=session.policy.refresh)
+    maker = MaskMaker(predictor, session.shape, session.policy)
+    _, _, heads, neurons = maker(torch.empty(batch, tokens, 1), source.expand(batch, -1))
+    return heads, neurons
+
+
+def evaluate_artifact(
+    artifact: Artifact,
+    *,
+    data: str = "pydoc",
+    seq_len: int = 256,
+    tokens: int = 8192,
+    against: Sequence[str] = ("dense",),
+    tasks: Sequence[str] = (),
+    questions: int = 100,
+    track: Track = iter,
+) -> dict[str, Any]:
+    """Measure an artifact's quality: what `shadowc eval` does.
+
+    Args:
+        artifact: The artifact.
+        data: Text it was not calibrated on.
+        seq_len: Tokens of a window.
+        tokens: About how many tokens of text.
+        against: Names out of `AGAINST`.
+        tasks: Names of multiple-choice tasks, or TASK:FILE.jsonl.
+        questions: The most questions of a task.
+        track: Wraps the batches to show progress.
+
+    Returns:
+        The keys of the command line's `eval --json`.
+    """
+    model = load(artifact.path)
+    session, loaded = model.session, as_loaded(model)
+    length = min(seq_len, session.max_seq_len)
+    oracle = None
+    variants = evaluate(
+        session,
+        held_out(model, data, length, tokens),
+        against=tuple(dict.fromkeys(("dense", *against))),
+        oracle=oracle,
+        track=track,
+    )
+    results: dict[str, Any] = {}
+    for task in tasks:
+        asked = load_questions(task, "evaluation")[:questions]
+        results[task] = {
+            "accuracy": accuracy(session, loaded, asked),
+            "dense_accuracy": accuracy(session, loaded, asked, dense=True),
+            "questions": len(asked),
+        }
+    return {
+        **variants["artifact"],
+        "dense_perplexity": variants["dense"]["perplexity"],
+        "variants": variants,
+        "tasks": results,
+        "data": data,
+        "seq_len": length,
+        "model": artifact.manifest["model"]["name"],
+        "versions": versions(),
+    }

@@ -1,0 +1,179 @@
+"""What is known of an artifact, for people: `inspect`, and the page `report.html`."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shadowc.artifact import Artifact, update_report
+from shadowc.calibration.store import Calibration
+
+HTML = "report.html"
+_COLORS = {"heads": "#3b6ea5", "neurons": "#6a9a3b"}
+
+
+def describe_artifact(artifact: Artifact) -> dict[str, Any]:
+    """What an artifact is: the keys of `inspect --json`."""
+    manifest, report = artifact.manifest, artifact.report()
+    calibration, compiled = manifest["calibration"] or {}, report["compile"]
+    return {
+        "path": str(artifact.path),
+        "kind": "artifact",
+        "model": manifest["model"]["name"],
+        "random_weights": manifest["model"]["kind"] == "random",
+        "fingerprint": manifest["model"]["fingerprint"],
+        "target": manifest["target"],
+        "dtype": manifest["dtype"],
+        "max_seq_len": manifest["max_seq_len"],
+        "criterion": calibration.get("criterion"),
+        "predictor": calibration.get("predictor"),
+        "feature": calibration.get("feature"),
+        "rank": calibration.get("rank"),
+        "calibrated_on": calibration.get("data"),
+        "scope": manifest["policy"]["scope"],
+        "refresh": manifest["policy"]["refresh"],
+        "head_sparsity": compiled["head_sparsity"],
+        "neuron_sparsity": compiled["neuron_sparsity"],
+        "weight_bytes_skipped": compiled["weight_bytes_skipped"],
+        "max_abs_error": compiled["max_abs_error"],
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "files_verified": len(manifest["files"]),
+        "layers": layers(compiled),
+        "measured": sorted(report),
+        "versions": manifest["versions"],
+    }
+
+
+def describe_calibration(calibration: Calibration, path: Path) -> dict[str, Any]:
+    """What a calibration is: the keys of `inspect --json`."""
+    summary = calibration.summary()
+    model, metrics = summary.pop("model"), summary.pop("metrics")
+    return {
+        "path": str(path),
+        "kind": "calibration",
+        "model": model["name"],
+        "fingerprint": model["fingerprint"],
+        **summary,
+        **metrics,
+        "zero_activations": float(calibration.zero_rate.mean()),
+    }
+
+
+def layers(counts: Mapping[str, Any]) -> list[tuple[float, float, float]]:
+    """Heads, neurons and rows of the second projection that ran in each layer, a token's mean."""
+    names = ("heads_by_layer", "neurons_by_layer", "rows_by_layer")
+    return list(zip(*(counts[name] for name in names), strict=True))
+
+
+def save_section(artifact: Artifact, section: str, value: Mapping[str, Any]) -> None:
+    """Add what was measured to the artifact's report, and draw the page again."""
+    update_report(artifact, section, value)
+    page = render(artifact)
+    partial = artifact.path / f"{HTML}.tmp"
+    partial.write_text(page)
+    partial.replace(artifact.path / HTML)
+
+
+def render(artifact: Artifact) -> str:
+    """One self-contained page: what the artifact is, its quality, its speed, its budgets."""
+    report, shape = artifact.report(), artifact.manifest["shape"]
+    facts = {k: v for k, v in describe_artifact(artifact).items() if _is_plain(v)}
+    parts = [f"<h1>{_text(artifact.path.name)}</h1>", _pairs(facts)]
+    if "eval" in report:
+        found = report["eval"]
+        rows = [
+            (name, f"{v['perplexity']:.2f}", _percent(v["head_sparsity"]),
+             _percent(v["neuron_sparsity"]))
+            for name, v in found["variants"].items()
+        ]  # fmt: skip
+        parts += [
+            "<h2>Quality</h2>",
+            _table(("masks", "perplexity", "heads skipped", "neurons skipped"), rows),
+            f"<p>{found['tokens']} tokens of {_text(found['data'])}, windows of "
+            f"{found['seq_len']}, causal masks.</p>",
+        ]
+    if "bench" in report:
+        found = report["bench"]
+        dense = found["dense_ms_per_token"]
+        names = {
+            "artifact": "ms_per_token",
+            "exact": "exact_ms_per_token",
+            "dense, same runtime": "dense_ms_per_token",
+            "Hugging Face eager": "hugging_face_ms_per_token",
+        }
+        rows = [
+            (name, f"{found[key]:.2f}", f"{found[key] / dense:.2f}")
+            for name, key in names.items()
+            if found[key] is not None
+        ]
+        parts += [
+            "<h2>Speed</h2>",
+            _table(("decode", "ms a token", "beside dense"), rows),
+            f"<p>{_text(found['device'])}, {_text(found['isa'])}, {found['threads']} threads, "
+            f"batch {found['batch']}, {_text(found['dtype'])}; {found['bytes_per_token']:,} bytes "
+            f"of weights a token, dense {found['dense_bytes_per_token']:,}.</p>",
+        ]
+    ran = layers(report.get("bench", report["compile"]))
+    parts += [
+        "<h2>What runs in each layer</h2>",
+        "<p>Mean share of the units that a token runs.</p>",
+        _bars("heads", [row[0] / shape["heads"] for row in ran]),
+        _bars("neurons", [row[1] / shape["ffn"] for row in ran]),
+    ]
+    return _PAGE.format(title=_text(artifact.path.name), body="\n".join(parts))
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto }}
+table {{ border-collapse: collapse }} td, th {{ padding: .15rem 1rem .15rem 0; text-align: left }}
+th {{ border-bottom: 1px solid #999 }} svg text {{ font: 10px system-ui, sans-serif }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def _bars(name: str, shares: Sequence[float]) -> str:
+    """A bar chart, a bar a layer, each from 0 to 1."""
+    step, height = 22, 80
+    bars = []
+    for layer, share in enumerate(shares):
+        x, size = 60 + layer * step, round(share * height, 1)
+        bars.append(
+            f'<rect x="{x}" y="{10 + height - size}" width="{step - 6}" height="{size}" '
+            f'fill="{_COLORS[name]}"><title>layer {layer}: {share:.1%}</title></rect>'
+            f'<text x="{x + (step - 6) / 2}" y="{height + 22}" text-anchor="middle">{layer}</text>'
+        )
+    width = 60 + step * len(shares)
+    return (
+        f'<svg width="{width}" height="{height + 28}" role="img" aria-label="{name} by layer">'
+        f'<text x="0" y="{height / 2 + 10}">{name}</text>'
+        f'<line x1="58" y1="10" x2="{width}" y2="10" stroke="#ccc"/>{"".join(bars)}</svg>'
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    def line(cells: Sequence[object], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+
+
+def _pairs(values: Mapping[str, object]) -> str:
+    return _table(("", ""), [(key.replace("_", " "), value) for key, value in values.items()])
+
+
+def _is_plain(value: object) -> bool:
+    return value is not None and not isinstance(value, dict | list)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _text(value: object) -> str:
+    return html.escape(value if isinstance(value, str) else json.dumps(value))
