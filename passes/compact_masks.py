@@ -20,6 +20,7 @@ from shadowc.errors import PassError
 from shadowc.kernels import select as _register  # noqa: F401
 from shadowc.passes.find_blocks import blocks_of
 from shadowc.passes.fuse_sparse_attention import unpack
+from shadowc.passes.manager import eliminate_dead_code
 
 aten = torch.ops.aten
 
@@ -56,10 +57,11 @@ def compact_masks(module: fx.GraphModule, *, policy: Policy, hold: bool = False)
             _replace_compacts(graph, mask, [(None, None)] * layers)
             continue
         if hold:
-            inputs = graph.find_nodes(op="placeholder")
-            with graph.inserting_before(list(inputs)[-1].next):
+            inputs = {node.name: node for node in graph.find_nodes(op="placeholder")}
+            with graph.inserting_before(inputs["k_cache_0"]):
                 index = graph.placeholder(f"{kind}_index")
                 count = graph.placeholder(f"{kind}_count")
+            with graph.inserting_before(list(inputs.values())[-1].next):
                 by_layer = _unbind(graph, index, count, layers)
         else:
             with graph.inserting_before(scores.next):
@@ -75,7 +77,7 @@ def compact_masks(module: fx.GraphModule, *, policy: Policy, hold: bool = False)
     results |= {f"rows_{layer}": node for layer, node in enumerate(module.meta["rows"])}
     graph.output_node().args = (tuple(results.values()),)
     module.meta["outputs"] = tuple(results)
-    graph.eliminate_dead_code()
+    eliminate_dead_code(graph)
     for node in graph.find_nodes(op="placeholder"):
         if node.name == "mask_source":
             graph.erase_node(node)

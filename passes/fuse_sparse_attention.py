@@ -21,6 +21,7 @@ from torch import fx
 from shadowc.errors import PassError
 from shadowc.kernels import compact, decode_attention, sparse_out_proj, sparse_qkv
 from shadowc.passes.find_blocks import Attention, Blocks, blocks_of
+from shadowc.passes.manager import eliminate_dead_code
 
 _ = (compact, decode_attention, sparse_out_proj, sparse_qkv)  # importing registers the ops
 aten = torch.ops.aten
@@ -51,7 +52,7 @@ def fuse_sparse_attention(module: fx.GraphModule) -> bool:
         ]
     for block, cache in zip(blocks.attention, caches, strict=True):
         _fuse(graph, blocks, block, (*cache, start, position))
-    graph.eliminate_dead_code()
+    eliminate_dead_code(graph)
     graph.erase_node(inputs["attention_mask"])
     return True
 

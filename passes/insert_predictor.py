@@ -129,6 +129,8 @@ def insert_predictor(
                 returned = node.args[0]
             else:
                 nodes[node] = graph.node_copy(node, lambda n: nodes[n])
+                if node.target is torch.ops.aten.sym_size.int:
+                    nodes[node].replace_input_with(mask_source, source)  # B and T are the same
                 if node.op == "get_attr" and "." not in str(node.target):
                     _adopt_constant(module, inner, nodes[node])
     graph.erase_node(anchor)

@@ -29,6 +29,20 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
+def eliminate_dead_code(graph: fx.Graph) -> bool:
+    """Remove what nothing uses, attention included.
+
+    FX by itself keeps ops that may draw random numbers, as attention with dropout would.
+    """
+
+    def impure(node: fx.Node) -> bool:
+        schema = getattr(node.target, "_schema", None)
+        mutates = schema is not None and schema.is_mutable
+        return node.op in ("placeholder", "output") or mutates
+
+    return bool(graph.eliminate_dead_code(is_impure_node=impure))
+
+
 def run_passes(
     module: fx.GraphModule, passes: Sequence[Pass], *, dump: Path | None = None
 ) -> fx.GraphModule:
@@ -53,7 +67,7 @@ def run_passes(
         name = pass_name(rewrite)
         try:
             if rewrite(module):
-                module.graph.eliminate_dead_code()
+                eliminate_dead_code(module.graph)
                 module.graph.lint()
                 module.recompile()
         except ShadowcError:

@@ -36,9 +36,10 @@ def mask_attention(module: fx.GraphModule) -> bool:
     for layer, block in enumerate(blocks.attention):
         if layer == 0 or block.mask is not None:
             continue
-        with graph.inserting_before(block.output):
-            call = graph.call_function
+        call = graph.call_function
+        with graph.inserting_before(block.context):
             mask = call(aten.select.int, (blocks.keep.head_mask, 2, layer))  # [B, T, H]
+        with graph.inserting_before(block.output):
             split = call(aten.unflatten.int, (block.context, -1, [shape.heads, shape.head_dim]))
             kept = call(aten.mul.Tensor, (split, call(aten.unsqueeze.default, (mask, -1))))
             masked = call(aten.flatten.using_ints, (kept, -2))

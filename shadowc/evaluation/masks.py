@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from shadowc.passes.manager import eliminate_dead_code
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
 
@@ -83,7 +84,7 @@ def with_given_masks(program: Program) -> Program:
         if node.op == "call_function":
             values[node] = given.get(node) or graph.node_copy(node, lambda n: values[n])
     graph.output(tuple(values[node] for node in returned))
-    graph.eliminate_dead_code()
+    eliminate_dead_code(graph)
     source = [n for n in graph.find_nodes(op="placeholder") if n.name == "mask_source"]
     for node in source:
         graph.erase_node(node)
