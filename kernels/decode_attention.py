@@ -25,11 +25,13 @@ from shadowc.native import (
     check_keep,
     check_optional,
     check_rank,
+    function,
     keep_mask,
-    library,
     pointer,
     register,
 )
+
+_native = function("attention", "12P 7q f i")
 
 
 def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -128,7 +130,7 @@ def _decode_attention(
     check_keep(index, count, batch, heads)
     if tokens == 1:
         ctx = torch.empty_like(q)
-        outside = library().shadowc_attention(
+        outside = _native(
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
@@ -141,6 +143,8 @@ def _decode_attention(
             ctx.data_ptr(),
             pointer(index),
             pointer(count),
+            heads,
+            head_dim,
             batch,
             heads,
             groups,

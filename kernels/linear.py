@@ -17,7 +17,7 @@ from shadowc.native import (
     NATIVE_ROWS,
     check,
     check_optional,
-    library,
+    function,
     pointer,
     register,
     weight_dtype,
@@ -25,6 +25,9 @@ from shadowc.native import (
 
 CHUNK_BYTES = 1 << 20
 """Size of a float32 chunk of a weight: it must stay in the cache of the cores."""
+
+
+_native = function("linear", "4P 3q 2i")
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,7 +67,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if tokens > NATIVE_ROWS:
         return matmul(x.view(tokens, inputs), weight, bias).view(shape)
     out = x.new_empty(shape)
-    library().shadowc_linear(
+    _native(
         x.data_ptr(),
         weight.data_ptr(),
         pointer(bias),

@@ -12,7 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shadowc.native import check, library, register
+from shadowc.native import check, function, register
+
+_native = function("rms_norm", "3P 2q f")
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,9 +27,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     check("x", x, torch.float32, *x.shape[:-1], width)
     check("weight", weight, torch.float32, width)
     out = torch.empty_like(x)
-    library().shadowc_rms_norm(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.shape[:-1].numel(), width, eps
-    )
+    _native(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.shape[:-1].numel(), width, eps)
     return out
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from shadowc.errors import KernelError
-from shadowc.native import check, check_rank, library, register
+from shadowc.native import check, check_rank, function, register
+
+_native = function("select", "3P 5q 2i")
 
 
 def _best(scores: Tensor, free: Tensor, keep: int) -> Tensor:
@@ -59,7 +61,7 @@ def _select(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor,
         )
     index = scores.new_empty((layers, batch, units), dtype=torch.int32)
     count = scores.new_empty((layers, batch), dtype=torch.int32)
-    library().shadowc_select(
+    _native(
         scores.data_ptr(),
         index.data_ptr(),
         count.data_ptr(),

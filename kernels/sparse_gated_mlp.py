@@ -29,12 +29,14 @@ from shadowc.native import (
     check_keep,
     check_optional,
     check_rank,
+    function,
     keep_mask,
-    library,
     pointer,
     register,
     weight_dtype,
 )
+
+_native = function("mlp", "11P 6q 4i")
 
 
 def sparse_gated_mlp_reference(
@@ -95,19 +97,21 @@ def _sparse_gated_mlp(
                 rows += (h != 0).view(batch, -1).sum(1, dtype=torch.int32)
         return y, rows
     y = torch.empty_like(x)
-    library().shadowc_mlp(
+    _native(
         x.data_ptr(),
         w_gate.data_ptr(),
         w_up.data_ptr(),
-        None,
+        0,
         w_downt.data_ptr(),
-        None,
+        0,
         pointer(residual),
         y.data_ptr(),
         rows.data_ptr(),
         pointer(index),
         pointer(count),
-        batch,
+        neurons,
+        1,
+        batch * tokens,
         tokens,
         hidden,
         neurons,

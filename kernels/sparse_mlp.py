@@ -12,7 +12,8 @@ or None; activation relu | silu | gelu; index int32 [B, F] ascending, of which t
 (int32 [B]) count; both None = all neurons. -> y [B, T, C] float32, rows int32 [B]: rows of w2t that
 each batch row needed, summed over T.
 
-Source: Liu et al. 2023, "Deja Vu" (kept neurons); Mirzadeh et al. 2023, "ReLU Strikes Back" (zeros).
+Source: Liu et al. 2023, "Deja Vu" (kept neurons);
+Mirzadeh et al. 2023, "ReLU Strikes Back" (zeros).
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from shadowc.native import (
     check_keep,
     check_optional,
     check_rank,
+    function,
     keep_mask,
-    library,
     pointer,
     register,
     weight_dtype,
 )
+
+_native = function("mlp", "11P 6q 4i")
 
 
 def sparse_mlp_reference(
@@ -97,10 +100,10 @@ def _sparse_mlp(
                 rows += (h != 0).view(batch, -1).sum(1, dtype=torch.int32)
         return y if b2 is None else y.add_(b2), rows
     y = torch.empty_like(x)
-    library().shadowc_mlp(
+    _native(
         x.data_ptr(),
         w1.data_ptr(),
-        None,
+        0,
         pointer(b1),
         w2t.data_ptr(),
         pointer(b2),
@@ -109,7 +112,9 @@ def _sparse_mlp(
         rows.data_ptr(),
         pointer(index),
         pointer(count),
-        batch,
+        neurons,
+        1,
+        batch * tokens,
         tokens,
         hidden,
         neurons,

@@ -21,12 +21,14 @@ from shadowc.native import (
     check_keep,
     check_optional,
     check_rank,
+    function,
     keep_mask,
-    library,
     pointer,
     register,
     weight_dtype,
 )
+
+_native = function("out_proj", "5P q 2P 5q 2i")
 
 
 def sparse_out_proj_reference(
@@ -77,19 +79,20 @@ def _sparse_out_proj(
             flat_y.addmm_(flat[:, part], chunk.float())
         return y if bias is None else y.add_(bias)
     y = ctx.new_empty(batch, tokens, hidden)
-    library().shadowc_out_proj(
+    _native(
         ctx.data_ptr(),
         weight_t.data_ptr(),
         pointer(bias),
         pointer(residual),
         y.data_ptr(),
+        rows,
         pointer(index),
         pointer(count),
-        batch,
-        tokens,
-        hidden,
         rows // head_dim,
         head_dim,
+        batch * tokens,
+        tokens,
+        hidden,
         torch.get_num_threads(),
         dtype,
     )

@@ -21,12 +21,14 @@ from shadowc.native import (
     check_keep,
     check_optional,
     check_rank,
+    function,
     keep_mask,
-    library,
     pointer,
     register,
     weight_dtype,
 )
+
+_native = function("qkv", "12P 6q 2i")
 
 
 def sparse_qkv_reference(
@@ -91,7 +93,7 @@ def _sparse_qkv(
     q = x.new_empty(batch, tokens, queries)
     k = x.new_empty(batch, tokens, keys)
     v = x.new_empty(batch, tokens, keys)
-    library().shadowc_qkv(
+    _native(
         x.data_ptr(),
         wq.data_ptr(),
         pointer(bq),

@@ -1,4 +1,4 @@
-// The C functions that shadowc/native.py calls. All arguments have been checked there.
+// The C functions that the launchers call, which have checked all arguments.
 #include <cstring>
 
 #include "ops.h"
@@ -29,7 +29,7 @@ bool supports(const char* isa) {
 
 using namespace shadowc;
 
-// Counted up with every change of a signature below.
+// Counted up with every change of a struct that the launchers pack.
 API int shadowc_abi() { return 1; }
 
 // Selects an instruction set by name, the best one for null; returns its name, null if refused.
@@ -46,57 +46,50 @@ API const char* shadowc_isa(const char* name) {
   return table->name;
 }
 
-API void shadowc_linear(const float* x, const void* weight, const float* bias, float* out,
-                        int64_t M, int64_t O, int64_t I, int threads, int dtype) {
-  table->project({x, {{weight, bias, out, O, {}}}, 1, M, 1, I, threads, dtype});
+struct Linear {
+  const float* x;
+  const void* weight;
+  const float* bias;
+  float* out;
+  int64_t M, O, I;
+  int threads, dtype;
+};
+
+struct Qkv {
+  const float* x;
+  const void* wq;
+  const float* bq;
+  const void* wk;
+  const float* bk;
+  const void* wv;
+  const float* bv;
+  float *q, *k, *v;
+  const int32_t *index, *count;
+  int64_t B, T, C, H, G, D;
+  int threads, dtype;
+};
+
+API void shadowc_linear(const Linear* p) {
+  table->project({p->x, {{p->weight, p->bias, p->out, p->O, {}}}, 1, p->M, 1, p->I, p->threads,
+                  p->dtype});
 }
 
-API void shadowc_qkv(const float* x, const void* wq, const float* bq, const void* wk,
-                     const float* bk, const void* wv, const float* bv, float* q, float* k, float* v,
-                     const int32_t* index, const int32_t* count, int64_t B, int64_t T, int64_t C,
-                     int64_t H, int64_t G, int64_t D, int threads, int dtype) {
-  table->project({x,
-                  {{wq, bq, q, H * D, {index, count, H, D}},
-                   {wk, bk, k, G * D, {}},
-                   {wv, bv, v, G * D, {}}},
-                  3, B * T, T, C, threads, dtype});
+API void shadowc_qkv(const Qkv* p) {
+  table->project({p->x,
+                  {{p->wq, p->bq, p->q, p->H * p->D, {p->index, p->count, p->H, p->D}},
+                   {p->wk, p->bk, p->k, p->G * p->D, {}},
+                   {p->wv, p->bv, p->v, p->G * p->D, {}}},
+                  3, p->B * p->T, p->T, p->C, p->threads, p->dtype});
 }
 
-API void shadowc_out_proj(const float* ctx, const void* weight_t, const float* bias,
-                          const float* residual, float* y, const int32_t* index,
-                          const int32_t* count, int64_t B, int64_t T, int64_t C, int64_t H,
-                          int64_t D, int threads, int dtype) {
-  table->out_proj({ctx, weight_t, bias, residual, y, H * D, {index, count, H, D}, B * T, T, C,
-                   threads, dtype});
-}
-
-API void shadowc_mlp(const float* x, const void* w1, const void* up, const float* b1,
-                     const void* w2t, const float* b2, const float* residual, float* y,
-                     int32_t* read, const int32_t* index, const int32_t* count, int64_t B,
-                     int64_t T, int64_t C, int64_t F, int activation, int skip_zeros, int threads,
-                     int dtype) {
-  table->mlp({x, w1, up, b1, w2t, b2, residual, y, read, {index, count, F, 1}, B * T, T, C, F,
-              activation, skip_zeros, threads, dtype});
-}
+API void shadowc_out_proj(const OutProj* p) { table->out_proj(*p); }
+API void shadowc_mlp(const Mlp* p) { table->mlp(*p); }
+API void shadowc_rms_norm(const Norm* p) { table->norm(*p); }
+API void shadowc_select(const Select* p) { table->select(*p); }
 
 // Returns 1 when the position is outside of the cache, 0 when done.
-API int shadowc_attention(const float* q, const float* k, const float* v, const float* cos,
-                          const float* sin, float* k_cache, float* v_cache, const int64_t* start,
-                          const int64_t* position, float* ctx, const int32_t* index,
-                          const int32_t* count, int64_t B, int64_t H, int64_t G, int64_t D,
-                          int64_t S, float scale, int threads) {
-  if (*position < 0 || *position >= S) return 1;
-  table->attention({q, k, v, cos, sin, k_cache, v_cache, start, position, ctx,
-                    {index, count, H, D}, B, H, G, D, S, scale, threads});
+API int shadowc_attention(const Attention* p) {
+  if (*p->position < 0 || *p->position >= p->S) return 1;
+  table->attention(*p);
   return 0;
-}
-
-API void shadowc_rms_norm(const float* x, const float* weight, float* y, int64_t M, int64_t C,
-                          float eps) {
-  table->norm({x, weight, y, M, C, eps, 1});
-}
-
-API void shadowc_select(const float* scores, int32_t* index, int32_t* count, int64_t B, int64_t L,
-                        int64_t N, int64_t keep, int64_t floor, int local, int threads) {
-  select(scores, index, count, B, L, N, keep, floor, local != 0, threads);
 }

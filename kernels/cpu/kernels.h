@@ -530,6 +530,10 @@ void norm(const Norm& p) {
   }
 }
 
+// ---------------------------------------------------------------------------- selection
+
+#include "select.h"
+
 constexpr Table table(const char* name) {
-  return {name, project, out_proj, mlp, attention, norm};
+  return {name, project, out_proj, mlp, attention, norm, select};
 }

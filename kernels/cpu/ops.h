@@ -1,5 +1,7 @@
-// What the Python side calls, as structs of plain pointers, and the table that each instruction
-// set fills. Matrices are row-major; shape letters as in the Python files.
+// The arguments of every op, as structs of plain pointers, and the table that each instruction set
+// fills. Matrices are row-major; shape letters as in the Python files. The launchers pack OutProj,
+// Mlp, Attention, Norm and Select field by field: a change here is a change there, and of the number
+// that shadowc_abi() returns.
 #pragma once
 #include <cstdint>
 
@@ -82,10 +84,17 @@ struct Attention {
 
 struct Norm {
   const float *x, *weight;  // [M, C], [C]
-  float* y;
+  float* y;                 // [M, C]
   int64_t M, C;
   float eps;
-  int threads;
+};
+
+// index [L, B, N], count [L, B] from scores [B, L, N].
+struct Select {
+  const float* scores;
+  int32_t *index, *count;
+  int64_t B, L, N, keep, floor;
+  int local, threads;
 };
 
 struct Table {
@@ -95,6 +104,7 @@ struct Table {
   void (*mlp)(const Mlp&);
   void (*attention)(const Attention&);
   void (*norm)(const Norm&);
+  void (*select)(const Select&);
 };
 
 extern const Table kGeneric;
@@ -103,9 +113,5 @@ extern const Table kGeneric;
 extern const Table kAvx2;
 extern const Table kAvx512;
 #endif
-
-// index [L, B, N], count [L, B] from scores [B, L, N].
-void select(const float* scores, int32_t* index, int32_t* count, int64_t B, int64_t L, int64_t N,
-            int64_t keep, int64_t floor, bool local, int threads);
 
 }  // namespace shadowc

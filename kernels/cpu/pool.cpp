@@ -14,8 +14,9 @@ namespace shadowc {
 namespace {
 
 constexpr int kMostThreads = 255;
+constexpr int kSpins = 500;  // 10 to 20 us: longer than a barrier of an undisturbed team
 // Longer than the interpreter spends between two ops of a decode step, so workers stay awake.
-constexpr auto kSpin = std::chrono::microseconds(200);
+constexpr auto kYield = std::chrono::microseconds(200);
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -25,24 +26,18 @@ inline void pause() {
 #endif
 }
 
-// Waits until `value` is no longer `old`: spins first, then sleeps.
+// Waits until `value` is no longer `old`: spins, then lets others run, then sleeps.
 uint32_t wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
-  for (bool spinning = true; spinning;) {
-    const auto end = std::chrono::steady_clock::now() + kSpin;
-    do {
-      for (int i = 0; i < 64; ++i) {
-        const uint32_t now = value.load(std::memory_order_acquire);
-        if (now != old) return now;
-        pause();
-      }
-    } while (std::chrono::steady_clock::now() < end);
-    spinning = false;
+  uint32_t now;
+  const auto changed = [&] { return (now = value.load(std::memory_order_acquire)) != old; };
+  for (int i = 0; i < kSpins; ++i, pause())
+    if (changed()) return now;
+  const auto end = std::chrono::steady_clock::now() + kYield;
+  for (; std::chrono::steady_clock::now() < end; std::this_thread::yield())
+    if (changed()) return now;
+  for (; !changed(); value.wait(old, std::memory_order_acquire)) {
   }
-  for (;;) {
-    value.wait(old, std::memory_order_acquire);
-    const uint32_t now = value.load(std::memory_order_acquire);
-    if (now != old) return now;
-  }
+  return now;
 }
 
 }  // namespace

@@ -1,0 +1,119 @@
+// Exact top-k of every layer and of the whole model, without sorting. Included after simd.h.
+
+// Keys order as the scores do, NaN counting as +infinity; 0 is below the key of every score.
+INLINE uint32_t key_of(float score) {
+  const float value = score != score ? __builtin_inff() : score + 0.0f;  // -0 becomes 0
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
+}
+
+// The k best of a list: the keys above `key`, and the first `ties` of those that equal it.
+struct Threshold {
+  uint32_t key;
+  int64_t ties;
+};
+
+// Narrows the range of keys that holds the k-th best by a histogram of it, until one key is left.
+// Reads `keys`, keeps its candidates in `room` (both n long); 1 <= k <= n.
+Threshold threshold(const uint32_t* keys, int64_t n, int64_t k, uint32_t* room) {
+  constexpr int BITS = 11;
+  for (;;) {
+    uint32_t low = ~0u, high = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      low = keys[i] < low ? keys[i] : low;
+      high = keys[i] > high ? keys[i] : high;
+    }
+    if (low == high) return {low, k};
+    const int width = 32 - __builtin_clz(high - low), shift = width > BITS ? width - BITS : 0;
+    uint32_t histogram[2][1 << BITS] = {};  // two, as neighbours often meet in one bin
+    for (int64_t i = 0; i < n; ++i) ++histogram[i & 1][(keys[i] - low) >> shift];
+    uint32_t bin = (high - low) >> shift;
+    for (;; --bin) {
+      const int64_t here = histogram[0][bin] + histogram[1][bin];
+      if (here >= k) break;
+      k -= here;
+    }
+    if (shift == 0) return {low + bin, k};
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t key = keys[i];  // read first: room may be keys
+      room[kept] = key;
+      kept += ((key - low) >> shift) == bin;
+    }
+    keys = room;
+    n = kept;
+  }
+}
+
+INLINE int64_t count_equal(const uint32_t* keys, int64_t n, uint32_t key) {
+  int32_t equal = 0;
+  for (int64_t i = 0; i < n; ++i) equal += keys[i] == key;
+  return equal;
+}
+
+// The position after the threshold's last tie: a unit is kept if its key is above, or if it equals
+// and comes before this position. So loops over units carry nothing from one to the next.
+INLINE int32_t end_of_ties(const uint32_t* keys, int64_t n, Threshold t) {
+  if (t.ties == 0) return 0;
+  int64_t i = 0;
+  for (; i < n; ++i)
+    if (keys[i] == t.key && --t.ties == 0) break;
+  return (int32_t)(i + 1);
+}
+
+void select(const Select& p) {
+  const int64_t L = p.L, N = p.N;
+  uint32_t* keys = (uint32_t*)scratch(0, 3 * L * N * sizeof(uint32_t));
+  uint32_t *rest = keys + L * N, *room = rest + L * N;
+  Threshold* own = (Threshold*)scratch(1, L * sizeof(Threshold));
+  const int threads = L * N < 1 << 13 ? 1 : (int)smaller((int64_t)p.threads, L);
+
+  for (int64_t b = 0; b < p.B; ++b) {
+    int64_t next = 0;
+    // The best of each layer alone; `rest` has 0 in their place.
+    in_team(threads, [&](const Team&) {
+      for_tasks(&next, L, [&](int64_t l) {
+        const float* scores = p.scores + (b * L + l) * N;
+        uint32_t *key = keys + l * N, *others = rest + l * N;
+        for (int64_t i = 0; i < N; ++i) key[i] = key_of(scores[i]);
+        const int64_t k = p.local ? p.keep / L + (l < p.keep % L) : p.floor;
+        own[l] = k == 0 ? Threshold{~0u, 0} : threshold(key, N, k, others);
+        if (p.local) return;
+        const uint32_t above = own[l].key;
+        const int32_t end = end_of_ties(key, N, own[l]);
+        for (int32_t i = 0; i < N; ++i)
+          others[i] = key[i] > above || (key[i] == above && i < end) ? 0 : key[i];
+      });
+    });
+    // The best of the rest, ties to the lowest layers. In one layer both thresholds cut the same
+    // order, so the lower of them is the layer's.
+    Threshold model{~0u, 0};
+    const int64_t budget = p.local ? 0 : p.keep - L * p.floor;
+    if (budget > 0) model = threshold(rest, L * N, budget, room);
+    for (int64_t l = 0; l < L && budget > 0; ++l) {
+      const int64_t equal = model.ties == 0 ? 0 : count_equal(rest + l * N, N, model.key);
+      const int64_t ties = smaller(equal, model.ties);
+      model.ties -= ties;
+      if (model.key < own[l].key)
+        own[l] = {model.key, ties};
+      else if (model.key == own[l].key)
+        own[l].ties += ties;
+    }
+    next = 0;
+    in_team(threads, [&](const Team&) {
+      for_tasks(&next, L, [&](int64_t l) {
+        const uint32_t *key = keys + l * N, above = own[l].key;
+        const int32_t end = end_of_ties(key, N, own[l]);
+        int32_t* index = p.index + (l * p.B + b) * N;
+        int64_t n = 0;
+        for (int32_t i = 0; i < N; ++i) {
+          index[n] = i;
+          n += (key[i] > above) | ((key[i] == above) & (i < end));
+        }
+        p.count[l * p.B + b] = (int32_t)n;
+        for (; n < N; ++n) index[n] = 0;
+      });
+    });
+  }
+}
