@@ -81,19 +81,47 @@ def _from_source(mask: Tensor, source: Tensor) -> Tensor:
     return mask.gather(1, index) | (source < 0)[:, :, None, None]
 
 
+def export_masks(
+    predictor: ShadowPredictor | StaticScores, shape: ModelShape, policy: Policy, width: int
+) -> fx.GraphModule:
+    """Export predictor and selection, once for all graphs that they are inserted into.
+
+    Args:
+        predictor: What scores the units.
+        shape: The model's shape.
+        policy: How many units run.
+        width: Features of a token: C, or H*D for `context`.
+
+    Returns:
+        A graph of feature and mask_source to (head scores, neuron scores, head mask, neuron mask).
+
+    Raises:
+        PassError: If torch.export cannot trace the predictor.
+    """
+    grid = {0: Dim("B", min=1, max=1024), 1: Dim("T", min=1, max=1 << 20)}
+    maker = MaskMaker(predictor, shape, policy).eval()
+    try:
+        program = torch.export.export(
+            maker,
+            (torch.zeros(2, 3, width), torch.zeros(2, 3, dtype=torch.int64)),
+            dynamic_shapes=(grid, grid),
+            strict=False,
+        )
+    except Exception as error:
+        raise PassError("insert_predictor cannot export the predictor", got=error) from error
+    masks = program.module(check_guards=False)
+    masks.graph.set_codegen(fx.graph.CodeGen())
+    return masks
+
+
 def insert_predictor(
-    module: fx.GraphModule,
-    *,
-    predictor: ShadowPredictor | StaticScores,
-    policy: Policy,
-    feature: str = "residual",
+    module: fx.GraphModule, *, masks: fx.GraphModule, feature: str = "residual"
 ) -> bool:
     """Insert scores and masks after layer 0's attention.
 
     Args:
         module: A graph with blocks.
-        predictor: What scores the units.
-        policy: How many units run.
+        masks: What `export_masks` gave.
         feature: `residual` (the stream after layer 0's attention) or `context` (its attention
             output before the projection).
 
@@ -108,21 +136,18 @@ def insert_predictor(
         return False
     graph = module.graph
     source = blocks.residual if feature == "residual" else blocks.attention[0].context
-    width = source.meta["val"].shape[-1]
-    maker = MaskMaker(predictor, blocks.shape, policy).eval()
-    inner = _export(maker, width)
 
     last_input = list(graph.find_nodes(op="placeholder"))[-1]
     with graph.inserting_after(last_input):
         mask_source = graph.placeholder("mask_source")
-    module.add_submodule(PREFIX, predictor)
+    module.add_submodule(PREFIX, getattr(masks, PREFIX))
     nodes: dict[fx.Node, fx.Node] = {}
     returned: tuple[fx.Node, ...] = ()
     with graph.inserting_after(source):
         anchor = graph.call_function(torch.ops.aten.alias.default, (source,))
     arguments = iter((source, mask_source))
     with graph.inserting_before(anchor):
-        for node in inner.graph.nodes:
+        for node in masks.graph.nodes:
             if node.op == "placeholder":
                 nodes[node] = next(arguments)
             elif node.op == "output":
@@ -132,7 +157,7 @@ def insert_predictor(
                 if node.target is torch.ops.aten.sym_size.int:
                     nodes[node].replace_input_with(mask_source, source)  # B and T are the same
                 if node.op == "get_attr" and "." not in str(node.target):
-                    _adopt_constant(module, inner, nodes[node])
+                    _adopt_constant(module, masks, nodes[node])
     graph.erase_node(anchor)
     blocks.keep = Keep(*(nodes[node] for node in returned))
     output = graph.output_node()
@@ -141,23 +166,7 @@ def insert_predictor(
     return True
 
 
-def _export(maker: MaskMaker, width: int) -> fx.GraphModule:
-    grid = {0: Dim("B", min=1, max=1024), 1: Dim("T", min=1, max=1 << 20)}
-    try:
-        program = torch.export.export(
-            maker,
-            (torch.zeros(2, 3, width), torch.zeros(2, 3, dtype=torch.int64)),
-            dynamic_shapes=(grid, grid),
-            strict=False,
-        )
-    except Exception as error:
-        raise PassError("insert_predictor cannot export the predictor", got=error) from error
-    inner = program.module(check_guards=False)
-    inner.graph.set_codegen(fx.graph.CodeGen())
-    return inner
-
-
-def _adopt_constant(module: fx.GraphModule, inner: fx.GraphModule, node: fx.Node) -> None:
+def _adopt_constant(module: fx.GraphModule, masks: fx.GraphModule, node: fx.Node) -> None:
     name = f"{PREFIX}_{node.target}"
-    module.register_buffer(name, getattr(inner, str(node.target)))
+    module.register_buffer(name, getattr(masks, str(node.target)))
     node.target = name

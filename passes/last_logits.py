@@ -26,9 +26,10 @@ def last_logits(module: fx.GraphModule) -> bool:
     head = graph.output_node().args[0][0]
     if head.target is not aten.linear.default:
         raise PassError("last_logits: the logits are not a projection", got=str(head.target))
-    if head.args[0].target is aten.slice.Tensor:
+    if head.args[0].target is aten.contiguous.default:
         return False
     with graph.inserting_before(head):
         last = graph.call_function(aten.slice.Tensor, (head.args[0], 1, -1))
+        last = graph.call_function(aten.contiguous.default, (last,))
     head.replace_input_with(head.args[0], last)
     return True

@@ -19,7 +19,7 @@ from shadowc.errors import CalibrationError
 from shadowc.evaluation.numerics import check_numerics
 from shadowc.passes.canonicalize import canonicalize
 from shadowc.passes.find_blocks import find_blocks
-from shadowc.passes.insert_predictor import StaticScores, insert_predictor
+from shadowc.passes.insert_predictor import StaticScores, export_masks, insert_predictor
 from shadowc.passes.manager import Pass, copy_module, run_passes
 from shadowc.passes.mask_attention import mask_attention
 from shadowc.passes.mask_mlp import mask_mlp
@@ -151,9 +151,11 @@ def build_programs(
         if predictor is None:
             predictor = StaticScores(calibration.mean_head_scores, calibration.mean_neuron_scores)
             keep = static_keep(predictor, policy, loaded)
-        insert = partial(
-            insert_predictor, predictor=predictor, policy=policy, feature=calibration.feature
-        )
+        width = loaded.shape.hidden
+        if calibration.feature == "context":
+            width = loaded.shape.heads * loaded.shape.head_dim
+        masks = export_masks(predictor, loaded.shape, policy, width)
+        insert = partial(insert_predictor, masks=masks, feature=calibration.feature)
         scored = (*found, insert)
         masked = (*scored, mask_attention, mask_mlp)  # after the insert: they multiply by its masks
 
