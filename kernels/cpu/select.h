@@ -2,9 +2,10 @@
 
 // Keys order as the scores do, NaN counting as +infinity; 0 is below the key of every score.
 INLINE uint32_t key_of(float score) {
-  const float value = score != score ? __builtin_inff() : score + 0.0f;  // -0 becomes 0
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
+  uint32_t bits;  // integers only, so that loops over scores become vector code
+  __builtin_memcpy(&bits, &score, sizeof bits);
+  bits = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7f800000u : bits;
+  bits = bits == 0x80000000u ? 0 : bits;  // -0 is 0
   return bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
 }
 
@@ -37,19 +38,12 @@ Threshold threshold(const uint32_t* keys, int64_t n, int64_t k, uint32_t* room) 
     if (shift == 0) return {low + bin, k};
     int64_t kept = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const uint32_t key = keys[i];  // read first: room may be keys
-      room[kept] = key;
-      kept += ((key - low) >> shift) == bin;
+      const uint32_t key = keys[i];  // few are in the bin, so a branch is cheap
+      if (((key - low) >> shift) == bin) room[kept++] = key;
     }
     keys = room;
     n = kept;
   }
-}
-
-INLINE int64_t count_equal(const uint32_t* keys, int64_t n, uint32_t key) {
-  int32_t equal = 0;
-  for (int64_t i = 0; i < n; ++i) equal += keys[i] == key;
-  return equal;
 }
 
 // The position after the threshold's last tie: a unit is kept if its key is above, or if it equals
@@ -62,58 +56,72 @@ INLINE int32_t end_of_ties(const uint32_t* keys, int64_t n, Threshold t) {
   return (int32_t)(i + 1);
 }
 
+// Lowers the thresholds `own` of L layers of N units so far that the `budget` best of `keys` are in,
+// ties to the lowest layers; says whether every layer has `floor` of them.
+INLINE bool share(const uint32_t* keys, int64_t L, int64_t N, int64_t budget, int64_t floor,
+                  uint32_t* room, Threshold* own) {
+  if (budget == 0) return floor == 0;
+  Threshold model = threshold(keys, L * N, budget, room);
+  bool enough = true;
+  for (int64_t l = 0; l < L; ++l) {
+    int32_t above = 0, equal = 0;
+    for (int64_t i = l * N; i < (l + 1) * N; ++i) {
+      above += keys[i] > model.key;
+      equal += keys[i] == model.key;
+    }
+    const int64_t ties = smaller((int64_t)equal, model.ties);
+    model.ties -= ties;
+    enough &= above + ties >= floor;
+    if (model.key < own[l].key)
+      own[l] = {model.key, ties};
+    else if (model.key == own[l].key)
+      own[l].ties += ties;
+  }
+  return enough;
+}
+
 void select(const Select& p) {
   const int64_t L = p.L, N = p.N;
   uint32_t* keys = (uint32_t*)scratch(0, 3 * L * N * sizeof(uint32_t));
   uint32_t *rest = keys + L * N, *room = rest + L * N;
   Threshold* own = (Threshold*)scratch(1, L * sizeof(Threshold));
   const int threads = L * N < 1 << 13 ? 1 : (int)smaller((int64_t)p.threads, L);
+  const auto over_layers = [&](const auto& body) {
+    int64_t next = 0;
+    in_team(threads, [&](const Team&) { for_tasks(&next, L, body); });
+  };
 
   for (int64_t b = 0; b < p.B; ++b) {
-    int64_t next = 0;
-    // The best of each layer alone; `rest` has 0 in their place.
-    in_team(threads, [&](const Team&) {
-      for_tasks(&next, L, [&](int64_t l) {
-        const float* scores = p.scores + (b * L + l) * N;
-        uint32_t *key = keys + l * N, *others = rest + l * N;
-        for (int64_t i = 0; i < N; ++i) key[i] = key_of(scores[i]);
-        const int64_t k = p.local ? p.keep / L + (l < p.keep % L) : p.floor;
-        own[l] = k == 0 ? Threshold{~0u, 0} : threshold(key, N, k, others);
-        if (p.local) return;
+    over_layers([&](int64_t l) {
+      const float* scores = p.scores + (b * L + l) * N;
+      for (int64_t i = 0; i < N; ++i) keys[l * N + i] = key_of(scores[i]);
+      const int64_t k = p.local ? p.keep / L + (l < p.keep % L) : 0;
+      own[l] = k == 0 ? Threshold{~0u, 0} : threshold(keys + l * N, N, k, rest + l * N);
+    });
+    // When the best of the model hold the best of every layer, they are the answer; else the
+    // layers' own come first and the others compete for what is left.
+    if (!p.local && !share(keys, L, N, p.keep, p.floor, room, own)) {
+      over_layers([&](int64_t l) {
+        const uint32_t* key = keys + l * N;
+        own[l] = p.floor == 0 ? Threshold{~0u, 0} : threshold(key, N, p.floor, rest + l * N);
         const uint32_t above = own[l].key;
         const int32_t end = end_of_ties(key, N, own[l]);
         for (int32_t i = 0; i < N; ++i)
-          others[i] = key[i] > above || (key[i] == above && i < end) ? 0 : key[i];
+          rest[l * N + i] = key[i] > above || (key[i] == above && i < end) ? 0 : key[i];
       });
-    });
-    // The best of the rest, ties to the lowest layers. In one layer both thresholds cut the same
-    // order, so the lower of them is the layer's.
-    Threshold model{~0u, 0};
-    const int64_t budget = p.local ? 0 : p.keep - L * p.floor;
-    if (budget > 0) model = threshold(rest, L * N, budget, room);
-    for (int64_t l = 0; l < L && budget > 0; ++l) {
-      const int64_t equal = model.ties == 0 ? 0 : count_equal(rest + l * N, N, model.key);
-      const int64_t ties = smaller(equal, model.ties);
-      model.ties -= ties;
-      if (model.key < own[l].key)
-        own[l] = {model.key, ties};
-      else if (model.key == own[l].key)
-        own[l].ties += ties;
+      share(rest, L, N, p.keep - L * p.floor, 0, room, own);
     }
-    next = 0;
-    in_team(threads, [&](const Team&) {
-      for_tasks(&next, L, [&](int64_t l) {
-        const uint32_t *key = keys + l * N, above = own[l].key;
-        const int32_t end = end_of_ties(key, N, own[l]);
-        int32_t* index = p.index + (l * p.B + b) * N;
-        int64_t n = 0;
-        for (int32_t i = 0; i < N; ++i) {
-          index[n] = i;
-          n += (key[i] > above) | ((key[i] == above) & (i < end));
-        }
-        p.count[l * p.B + b] = (int32_t)n;
-        for (; n < N; ++n) index[n] = 0;
-      });
+    over_layers([&](int64_t l) {
+      const uint32_t *key = keys + l * N, above = own[l].key;
+      const int32_t end = end_of_ties(key, N, own[l]);
+      int32_t* index = p.index + (l * p.B + b) * N;
+      int64_t n = 0;
+      for (int32_t i = 0; i < N; ++i) {
+        index[n] = i;
+        n += (key[i] > above) | ((key[i] == above) & (i < end));
+      }
+      p.count[l * p.B + b] = (int32_t)n;
+      for (; n < N; ++n) index[n] = 0;
     });
   }
 }
