@@ -33,7 +33,7 @@ CALIBRATIONS, ARTIFACTS = Path("calibrations"), Path("artifacts")
 REFRESH = {"prompt": 0, "token": 1}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-out, err = Console(), Console(stderr=True)
+out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True)
 app = typer.Typer(
     help="Compile OPT and Llama checkpoints to run with contextual sparsity.",
     no_args_is_help=True,
@@ -138,7 +138,7 @@ def calibrate(
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
     device: Annotated[str, typer.Option(help="auto | cpu")] = "auto",
     output: Output = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on with interrupted work.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget interrupted work.")] = False,
     seed: int = 0,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -416,12 +416,13 @@ def _show_bench(result: Result) -> None:
         ("exact (zero rows skipped)", "exact_ms_per_token"),
         ("dense, same runtime", "dense_ms_per_token"),
         ("Hugging Face eager", "hugging_face_ms_per_token"),
+        ("Hugging Face eager, fp32", "hugging_face_fp32_ms_per_token"),
     ):
         if result[key] is not None:
             table.add_row(name, f"{result[key]:.2f}", f"{result[key] / dense:.2f}x")
     out.print(table)
-    if result["left_out"]:
-        out.print(f"Hugging Face eager was left out: {escape(result['left_out'])}")
+    for name, reason in result["left_out"].items():
+        out.print(f"{name} was left out: {escape(reason)}")
     if result["random_weights"]:
         out.print("random weights: the speed means something, the text does not")
     out.print(

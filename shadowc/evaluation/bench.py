@@ -4,10 +4,11 @@ Every variant decodes the same text after the same prompt, in turns of a few tok
 change of the machine's mood meets all of them. Figures are medians of the tokens' times, and ratios
 are of medians of one run.
 
-    artifact       predictor, selection, sparse ops
-    exact          every unit, rows of exactly zero activations not read (ReLU models)
-    dense          the same runtime and weights, nothing skipped
-    hugging_face   the original model in transformers, eager, same type, same threads
+    artifact            predictor, selection, sparse ops
+    exact               every unit, rows of exactly zero activations not read (ReLU models)
+    dense               the same runtime and weights, nothing skipped
+    hugging_face        the original model in transformers, eager, same type, same threads
+    hugging_face_fp32   the same in fp32, which is the faster one on CPUs without half arithmetic
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import torch
 from torch import Tensor, fx
 
 from shadowc import native
-from shadowc.artifact import Artifact
-from shadowc.errors import LengthError, ModelError, OptionError
+from shadowc.artifact import WEIGHTS, Artifact
+from shadowc.errors import LengthError, ModelError, OptionError, ShadowcError
 from shadowc.evaluation.text import held_out
 from shadowc.models import load_model
 from shadowc.runtime.loading import load
@@ -42,6 +43,8 @@ TURN = 8
 WARM_UP = 8
 #: Tokens over which predictor and selection are timed.
 SELECTIONS = 32
+#: A variant that has taken this many seconds sits out the remaining turns.
+PATIENCE = 20.0
 
 #: Decodes one token: ids [B, 1] -> results, if it has any.
 Step = Callable[[Tensor], Mapping[str, Tensor] | None]
@@ -72,7 +75,10 @@ class Variant:
             began = time.perf_counter()
             results = self.step(ids[:, token : token + 1])
             seconds = time.perf_counter() - began
-            if measured:
+            if not measured:
+                if seconds > 1.0:
+                    return
+            else:
                 self.times.append(seconds)
                 if self.usage is not None and results is not None:
                     self.usage.add(results)
@@ -108,7 +114,6 @@ def bench(
         LengthError: If prompt and new tokens do not fit in the compiled length.
     """
     _check(prompt_len, new_tokens, batch, int(artifact.manifest["max_seq_len"]))
-    bandwidth = read_bandwidth()
     before = peak_memory()
     model = load(artifact.path)
     session = model.session
@@ -123,20 +128,27 @@ def bench(
     if "exact" in session.programs and skips_units(session):
         variants["exact"] = _own(session, prompt, tokens, "exact")
     variants["dense"] = _own(session, prompt, tokens, "dense")
-    left_out = None if hugging_face else "not asked for"
-    if hugging_face:
+    left_out = {}
+    for name, dtype in _eager_types(artifact).items():
         try:
-            variants["hugging_face"] = _eager(artifact, prompt)
-        except (ModelError, MemoryError) as error:
-            left_out = str(error) or "out of memory"
+            if not hugging_face:
+                raise OptionError("not asked for")
+            variants[name] = _eager(artifact, prompt, dtype)
+        except ShadowcError as error:
+            left_out[name] = str(error)
     for name, variant in variants.items():
         if name != "artifact":
             variant.decode(text[:, :WARM_UP], measured=False)
     _take_turns(list(variants.values()), text[:, WARM_UP:], progress)
     selection = selection_ms(session, prompt, text[:, :SELECTIONS])
-    return _figures(
-        artifact, session, variants, bandwidth, selection, max(memory - before, 0), memory
-    ) | {"batch": batch, "prompt_len": prompt_len, "new_tokens": new_tokens, "left_out": left_out}
+    return _figures(artifact, session, variants, selection) | {
+        "peak_memory_bytes": memory,
+        "peak_memory_above_start_bytes": max(memory - before, 0),
+        "batch": batch,
+        "prompt_len": prompt_len,
+        "new_tokens": new_tokens,
+        "left_out": left_out,
+    }
 
 
 def skips_units(session: Session) -> bool:
@@ -155,6 +167,14 @@ def peak_memory() -> int:
     """The most bytes of memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> int:
+    """Bytes of memory that could be used without swapping, as far as the system says."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    return found[0] * 1024 if found else sys.maxsize
 
 
 def device() -> dict[str, Any]:
@@ -266,10 +286,18 @@ def _own(session: Session, prompt: Tensor, capacity: int, program: str | None) -
     return Variant(step, Usage.of(session))
 
 
-def _eager(artifact: Artifact, prompt: Tensor) -> Variant:
+def _eager_types(artifact: Artifact) -> dict[str, torch.dtype]:
+    own = getattr(torch, artifact.manifest["dtype"])
+    types = {"hugging_face": own}
+    return types if own == torch.float32 else types | {"hugging_face_fp32": torch.float32}
+
+
+def _eager(artifact: Artifact, prompt: Tensor, dtype: torch.dtype) -> Variant:
     """The original model as transformers runs it, with its own cache."""
-    dtype = getattr(torch, artifact.manifest["dtype"])
-    source = artifact.manifest["model"]
+    source, stored = artifact.manifest["model"], getattr(torch, artifact.manifest["dtype"])
+    size = artifact.manifest["files"][WEIGHTS]["bytes"] * dtype.itemsize // stored.itemsize
+    if size > (free := free_memory()):
+        raise ModelError("not enough memory", expected=f"{size} bytes", got=f"{free} free")
     loaded = load_model(source["name"], dtype=dtype)
     if loaded.source.fingerprint != source["fingerprint"]:
         raise ModelError(f"{source['name']} is not the model that was compiled any more")
@@ -288,7 +316,8 @@ def _take_turns(
     for start in range(0, text.shape[1], TURN):
         turn = start // TURN % len(variants)
         for variant in (*variants[turn:], *variants[:turn]):  # nobody is always after the same one
-            variant.decode(text[:, start : start + TURN], measured=True)
+            if sum(variant.times) < PATIENCE:
+                variant.decode(text[:, start : start + TURN], measured=True)
         progress(min(1.0, (start + TURN) / text.shape[1]))
 
 
@@ -296,24 +325,21 @@ def _figures(
     artifact: Artifact,
     session: Session,
     variants: Mapping[str, Variant],
-    bandwidth: float,
     selection: float | None,
-    model_memory: int,
-    memory: int,
 ) -> dict[str, Any]:
     own, dense = variants["artifact"], variants["dense"]
-    usage = own.usage
-    assert usage is not None
+    usage, bandwidth = own.usage or Usage.of(session), read_bandwidth()
     head = session.shape.vocab * session.shape.hidden * usage.element_size
     read = usage.layer_bytes + usage.predictor_bytes + head
     weights = sum(t.nbytes for t in session.tensors.values())
     exact = variants.get("exact") or (own if "exact" in session.programs else None)
-    eager = variants.get("hugging_face")
+    eager, eager_fp32 = (variants.get(f"hugging_face{suffix}") for suffix in ("", "_fp32"))
     return {
         "ms_per_token": own.ms,
         "dense_ms_per_token": dense.ms,
         "exact_ms_per_token": exact.ms if exact else None,
         "hugging_face_ms_per_token": eager.ms if eager else None,
+        "hugging_face_fp32_ms_per_token": eager_fp32.ms if eager_fp32 else None,
         "speedup": dense.ms / own.ms,
         "speedup_over_hugging_face": eager.ms / own.ms if eager else None,
         "selection_ms": selection,
@@ -325,8 +351,6 @@ def _figures(
         "read_bandwidth": round(bandwidth),
         **{k: v for k, v in usage.to_json().items() if k != "tokens"},
         "weights_bytes": weights,
-        "peak_memory_bytes": memory,
-        "peak_memory_above_start_bytes": model_memory,
         "model": artifact.manifest["model"]["name"],
         "random_weights": artifact.manifest["model"]["kind"] == "random",
         "dtype": artifact.manifest["dtype"],

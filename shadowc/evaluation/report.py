@@ -84,14 +84,14 @@ def render(artifact: Artifact) -> str:
     parts = [f"<h1>{_text(artifact.path.name)}</h1>", _pairs(facts)]
     if "eval" in report:
         found = report["eval"]
-        rows = [
+        quality = [
             (name, f"{v['perplexity']:.2f}", _percent(v["head_sparsity"]),
              _percent(v["neuron_sparsity"]))
             for name, v in found["variants"].items()
         ]  # fmt: skip
         parts += [
             "<h2>Quality</h2>",
-            _table(("masks", "perplexity", "heads skipped", "neurons skipped"), rows),
+            _table(("masks", "perplexity", "heads skipped", "neurons skipped"), quality),
             f"<p>{found['tokens']} tokens of {_text(found['data'])}, windows of "
             f"{found['seq_len']}, causal masks.</p>",
         ]
@@ -103,15 +103,16 @@ def render(artifact: Artifact) -> str:
             "exact": "exact_ms_per_token",
             "dense, same runtime": "dense_ms_per_token",
             "Hugging Face eager": "hugging_face_ms_per_token",
+            "Hugging Face eager, fp32": "hugging_face_fp32_ms_per_token",
         }
-        rows = [
+        speed = [
             (name, f"{found[key]:.2f}", f"{found[key] / dense:.2f}")
             for name, key in names.items()
             if found[key] is not None
         ]
         parts += [
             "<h2>Speed</h2>",
-            _table(("decode", "ms a token", "beside dense"), rows),
+            _table(("decode", "ms a token", "beside dense"), speed),
             f"<p>{_text(found['device'])}, {_text(found['isa'])}, {found['threads']} threads, "
             f"batch {found['batch']}, {_text(found['dtype'])}; {found['bytes_per_token']:,} bytes "
             f"of weights a token, dense {found['dense_bytes_per_token']:,}.</p>",
