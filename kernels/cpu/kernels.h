@@ -1,15 +1,19 @@
 // The ops, written once over simd.h. Two loops do nearly all of the work and are bound by memory:
 //   dots     out[i][m] = weight[unit_i] . x[m]              first projections
-//   combine  acc[m]   += sum_i coefficient[i][m] row_i      second projections, packed transposed
+//   combine  y[m]      = sum_i coefficient[i][m] row_i      second projections, packed transposed
 // Both read a kept row once for all batch rows, ask for the next rows while they compute on these,
-// and add in an order that depends neither on the number of threads nor on the batch.
+// and add in an order that does not depend on the number of threads.
 
 constexpr int64_t kMostRows = 64;   // batch rows served by one pass over the weights
 constexpr int64_t kMostUnits = 64;  // matrix rows in one task of a first projection
-constexpr int kDotRows = 4;         // rows at once: enough streams to hide latency
-constexpr int kDotBatch = 4;
-constexpr int kAxpyRows = 8;
-constexpr int kAxpyBatchRows = 4;
+constexpr int64_t kMostParts = 32;  // partial sums of a second projection
+constexpr int64_t kPartRows = 128;
+constexpr int kRows = 4;   // rows at once: four streams for long rows
+constexpr int kBatch = 4;  // batch rows at once
+
+// Short rows go one by one instead: measured, the hardware then sees one stream and follows it (9
+// against 6.5 GB/s a core for contiguous rows of 1152 bytes, the same for scattered ones).
+constexpr int64_t kLongRow = 2048;
 
 template <class T>
 INLINE T smaller(T a, T b) {
@@ -170,25 +174,39 @@ INLINE void kept_rows(const Keep& keep, int64_t first, int64_t last, int64_t m0,
   }
 }
 
+// Addresses of R rows from the i-th on, and of those four rows later, to ask for; past the end the
+// last row stands in.
+template <class W, int R>
+struct Window {
+  const W *row[R], *next[R];
+  void at(const W* weight, int64_t C, const int32_t* id, int64_t n, int64_t i) {
+    for (int r = 0; r < R; ++r) {
+      row[r] = weight + id[smaller(i + r, n - 1)] * C;
+      next[r] = weight + id[smaller(i + r + kRows, n - 1)] * C;
+    }
+  }
+};
+
+template <class W, int R>
+INLINE void dots_of_one(const W* weight, int64_t C, const Rows& rows, const float* x, float* out) {
+  Window<W, R> w;
+  for (int i = 0; i < rows.n; i += R) {
+    float part[R];
+    w.at(weight, C, rows.id, rows.n, i);
+    dot<W, R, 1>(w.row, w.next, &x, C, part, 1);
+    for (int r = 0; r < smaller(R, rows.n - i); ++r) out[i + r] = part[r];
+  }
+}
+
 // out[i * M + m] = weight[id_i] . x[m] where wanted, else 0.
 template <class W>
 void dots(const W* weight, int64_t C, const Rows& rows, const float* x, int64_t M, float* out) {
-  if (M == 1) {
-    for (int i = 0; i < rows.n; i += kDotRows) {
-      const W *row[kDotRows], *next[kDotRows];
-      float part[kDotRows];
-      for (int r = 0; r < kDotRows; ++r) {
-        row[r] = weight + rows.id[smaller(i + r, rows.n - 1)] * C;
-        next[r] = weight + rows.id[smaller(i + r + kDotRows, rows.n - 1)] * C;
-      }
-      dot<W, kDotRows, 1>(row, next, &x, C, part, 1);
-      for (int r = 0; r < smaller(kDotRows, rows.n - i); ++r) out[i + r] = part[r];
-    }
-    return;
-  }
+  if (M == 1 && C * (int64_t)sizeof(W) >= kLongRow)
+    return dots_of_one<W, kRows>(weight, C, rows, x, out);
+  if (M == 1) return dots_of_one<W, 1>(weight, C, rows, x, out);
+  Window<W, 1> w;
   for (int i = 0; i < rows.n; ++i) {
-    const W* row = weight + rows.id[i] * C;
-    const W* next = weight + rows.id[smaller(i + 1, rows.n - 1)] * C;
+    w.at(weight, C, rows.id, rows.n, i);
     int64_t who[kMostRows];
     int64_t n = 0;
     for (int64_t m = 0; m < M; ++m) {
@@ -196,67 +214,83 @@ void dots(const W* weight, int64_t C, const Rows& rows, const float* x, int64_t 
       who[n] = m;
       n += rows.wanted[i] >> m & 1;
     }
-    for (int64_t j = 0; j < n; j += kDotBatch) {
-      const float* xs[kDotBatch];
-      float part[kDotBatch];
-      for (int k = 0; k < kDotBatch; ++k) xs[k] = x + who[smaller(j + k, n - 1)] * C;
-      dot<W, 1, kDotBatch>(&row, &next, xs, C, part, kDotBatch);
-      for (int k = 0; k < smaller((int64_t)kDotBatch, n - j); ++k) out[i * M + who[j + k]] = part[k];
+    for (int64_t j = 0; j < n; j += kBatch) {
+      const float* xs[kBatch];
+      float part[kBatch];
+      for (int k = 0; k < kBatch; ++k) xs[k] = x + who[smaller(j + k, n - 1)] * C;
+      dot<W, 1, kBatch>(w.row, w.next, xs, C, part, kBatch);
+      for (int k = 0; k < smaller((int64_t)kBatch, n - j); ++k) out[i * M + who[j + k]] = part[k];
     }
   }
 }
 
-// Terms of a second projection: row id[i] of the matrix times coefficient[i * M + m].
+// Terms of a second projection: row id[i] of the matrix times coefficient[i * M + m]. They are
+// added in parts whose number depends on n alone, so the sum does not depend on the threads.
 struct Terms {
   const int32_t* id;
   const float* coefficient;
   int64_t n, M;
+
+  int64_t parts() const {
+    const int64_t parts = n / kPartRows;
+    return parts < 1 ? 1 : smaller(parts, kMostParts);
+  }
 };
 
-// Columns [first, first + n) of y = residual + bias + sum of terms, y and residual [M, C].
-template <class W>
-void combine(const W* weight, int64_t C, const Terms& terms, int64_t first, int64_t n,
-             const float* bias, const float* residual, float* y) {
-  const int64_t stride = blocks_of(n, 2 * LANES) * 2 * LANES, M = terms.M;
-  float* acc = (float*)scratch(3, M * stride * sizeof(float));
-  for (int64_t i = 0; i < M * stride; ++i) acc[i] = 0;
-  const int step = M == 1 ? kAxpyRows : kAxpyBatchRows;
-  const float zeros[kMostRows] = {};
-  for (int64_t i = 0; i < terms.n; i += step) {
-    const W *row[kAxpyRows], *next[kAxpyRows];
-    for (int r = 0; r < step; ++r) {
-      row[r] = weight + terms.id[smaller(i + r, terms.n - 1)] * C + first;
-      next[r] = weight + terms.id[smaller(i + r + step, terms.n - 1)] * C + first;
-    }
-    if (M == 1) {
-      float coefficient[kAxpyRows];
-      for (int r = 0; r < step; ++r)
-        coefficient[r] = i + r < terms.n ? terms.coefficient[i + r] : 0.0f;
-      axpy<W, kAxpyRows>(row, next, coefficient, n, acc);
-    } else {
-      const float* coefficient[kAxpyBatchRows];
-      for (int r = 0; r < step; ++r)
-        coefficient[r] = i + r < terms.n ? terms.coefficient + (i + r) * M : zeros;
-      axpy_batch<W, kAxpyBatchRows>(row, next, coefficient, M, n, acc, stride);
-    }
+INLINE int64_t padded(int64_t C) { return blocks_of(C, 2 * LANES) * 2 * LANES; }
+
+template <class W, int R>
+INLINE void add_terms_of_one(const W* weight, int64_t C, const Terms& terms, int64_t first,
+                             int64_t last, float* acc) {
+  Window<W, R> w;
+  for (int64_t i = first; i < last; i += R) {
+    float coefficient[R];
+    w.at(weight, C, terms.id, terms.n, i);
+    for (int r = 0; r < R; ++r) coefficient[r] = i + r < last ? terms.coefficient[i + r] : 0.0f;
+    axpy<W, R>(w.row, w.next, coefficient, C, acc);
   }
-  for (int64_t m = 0; m < M; ++m)
-    for (int64_t c = 0; c < n; ++c) {
-      float value = acc[m * stride + c];
-      if (bias != nullptr) value += bias[first + c];
-      if (residual != nullptr) value += residual[m * C + first + c];
-      y[m * C + first + c] = value;
-    }
 }
 
-// Each thread takes a slice of the columns, in whole cache lines of the narrowest weight.
+// acc[m * padded(C) + c] += terms first..last.
 template <class W>
-INLINE void combine_slice(const W* weight, int64_t C, const Terms& terms, const Team& team,
-                          const float* bias, const float* residual, float* y) {
-  const int64_t width = blocks_of(blocks_of(C, 32), team.size) * 32;
-  const int64_t first = team.rank * width;
-  if (first < C)
-    combine(weight, C, terms, first, smaller(width, C - first), bias, residual, y);
+void add_terms(const W* weight, int64_t C, const Terms& terms, int64_t first, int64_t last,
+               float* acc) {
+  if (terms.M == 1 && C * (int64_t)sizeof(W) >= kLongRow)
+    return add_terms_of_one<W, kRows>(weight, C, terms, first, last, acc);
+  if (terms.M == 1) return add_terms_of_one<W, 1>(weight, C, terms, first, last, acc);
+  const float zeros[kMostRows] = {};
+  Window<W, kRows> w;
+  for (int64_t i = first; i < last; i += kRows) {
+    const float* coefficient[kRows];
+    w.at(weight, C, terms.id, terms.n, i);
+    for (int r = 0; r < kRows; ++r)
+      coefficient[r] = i + r < last ? terms.coefficient + (i + r) * terms.M : zeros;
+    axpy_batch<W, kRows>(w.row, w.next, coefficient, terms.M, C, acc, padded(C));
+  }
+}
+
+// y = residual + bias + sum of terms, y and residual [M, C]; `partial` has room for
+// parts() * M * padded(C) numbers and is shared by the team, as is the task counter.
+template <class W>
+INLINE void combine(const Team& team, int64_t* next, const W* weight, int64_t C, const Terms& terms,
+                    const float* bias, const float* residual, float* y, float* partial) {
+  const int64_t parts = terms.parts(), M = terms.M, size = M * padded(C);
+  for_tasks(next, parts, [&](int64_t part) {
+    float* acc = partial + part * size;
+    for (int64_t i = 0; i < size; ++i) acc[i] = 0;
+    add_terms(weight, C, terms, terms.n * part / parts, terms.n * (part + 1) / parts, acc);
+  });
+  team.barrier();
+  const int64_t first = C * team.rank / team.size, last = C * (team.rank + 1) / team.size;
+  for (int64_t m = 0; m < M; ++m) {
+    float* acc = partial + m * padded(C);
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t c = first; c < last; ++c) acc[c] += acc[part * size + c];
+    for (int64_t c = first; c < last; ++c) {
+      const float value = acc[c] + (bias != nullptr ? bias[c] : 0.0f);
+      y[m * C + c] = residual != nullptr ? residual[m * C + c] + value : value;
+    }
+  }
 }
 
 // Rows a task, so that every thread has several tasks and a task is worth handing out.
@@ -317,9 +351,11 @@ void out_proj_as(const OutProj& p, int64_t m0, int64_t M) {
             kept.wanted[i] >> m & 1 ? p.ctx[(m0 + m) * p.rows + kept.id[i]] : 0.0f;
     }
   }
-  in_team(smaller((int64_t)p.threads, blocks_of(p.C, 32)), [&](const Team& team) {
-    combine_slice((const W*)p.weight_t, p.C, terms, team, p.bias,
-                  p.residual ? p.residual + m0 * p.C : nullptr, p.y + m0 * p.C);
+  float* partial = (float*)scratch(2, terms.parts() * M * padded(p.C) * sizeof(float));
+  int64_t next = 0;
+  in_team(smaller((int64_t)p.threads, terms.parts()), [&](const Team& team) {
+    combine(team, &next, (const W*)p.weight_t, p.C, terms, p.bias,
+            p.residual ? p.residual + m0 * p.C : nullptr, p.y + m0 * p.C, partial);
   });
 }
 
@@ -370,7 +406,9 @@ void mlp_as(const Mlp& p, int64_t m0, int64_t M) {
   int32_t* place = live + p.F;  // [tasks + 1]: live neurons of a task, then their places
   float* value = (float*)scratch(1, p.F * M * sizeof(float));
   float* coefficient = (float*)scratch(2, p.F * M * sizeof(float));
-  int64_t next = 0;
+  const Terms most{nullptr, nullptr, p.F, M};
+  float* partial = (float*)scratch(3, most.parts() * M * padded(p.C) * sizeof(float));
+  int64_t next = 0, next_part = 0;
 
   in_team(smaller((int64_t)p.threads, tasks), [&](const Team& team) {
     for_tasks(&next, tasks, [&](int64_t task) {
@@ -409,8 +447,8 @@ void mlp_as(const Mlp& p, int64_t m0, int64_t M) {
       n += place[task];
     }
     team.barrier();
-    combine_slice((const W*)p.w2t, p.C, Terms{live, coefficient, n, M}, team, p.b2,
-                  p.residual ? p.residual + m0 * p.C : nullptr, p.y + m0 * p.C);
+    combine(team, &next_part, (const W*)p.w2t, p.C, Terms{live, coefficient, n, M}, p.b2,
+            p.residual ? p.residual + m0 * p.C : nullptr, p.y + m0 * p.C, partial);
   });
 }
 
@@ -482,15 +520,15 @@ void attention(const Attention& p) {
         for (int64_t j = 0; j < heads; ++j) {
           const float* query = q + (b * p.H + h0 + j) * D;
           if (!kept[b * p.H + h0 + j]) continue;
-          for (int64_t s = s0; s < smaller(s0 + CHUNK, n); s += kDotRows) {
-            const float *row[kDotRows], *ahead[kDotRows];
-            float part[kDotRows];
-            for (int r = 0; r < kDotRows; ++r) {
+          for (int64_t s = s0; s < smaller(s0 + CHUNK, n); s += kRows) {
+            const float *row[kRows], *ahead[kRows];
+            float part[kRows];
+            for (int r = 0; r < kRows; ++r) {
               row[r] = keys + smaller(s + r, n - 1) * D;
-              ahead[r] = keys + smaller(s + r + 4 * kDotRows, n - 1) * D;
+              ahead[r] = keys + smaller(s + r + 4 * kRows, n - 1) * D;
             }
-            dot<float, kDotRows, 1>(row, ahead, &query, D, part, 1);
-            for (int r = 0; r < kDotRows && s + r < n; ++r) scores[j * n + s + r] = part[r] * p.scale;
+            dot<float, kRows, 1>(row, ahead, &query, D, part, 1);
+            for (int r = 0; r < kRows && s + r < n; ++r) scores[j * n + s + r] = part[r] * p.scale;
           }
         }
       for (int64_t j = 0; j < heads; ++j) {
@@ -499,15 +537,15 @@ void attention(const Attention& p) {
         if (n <= 0 || !kept[b * p.H + h0 + j]) continue;
         softmax(scores + j * n, n);
         for (int64_t d = 0; d < D + LANES; ++d) acc[d] = 0;
-        for (int64_t s = 0; s < n; s += kAxpyRows) {
-          const float *row[kAxpyRows], *ahead[kAxpyRows];
-          float weight[kAxpyRows];
-          for (int r = 0; r < kAxpyRows; ++r) {
+        for (int64_t s = 0; s < n; s += kRows) {
+          const float *row[kRows], *ahead[kRows];
+          float weight[kRows];
+          for (int r = 0; r < kRows; ++r) {
             row[r] = values + smaller(s + r, n - 1) * D;
-            ahead[r] = values + smaller(s + r + 2 * kAxpyRows, n - 1) * D;
+            ahead[r] = values + smaller(s + r + 4 * kRows, n - 1) * D;
             weight[r] = s + r < n ? scores[j * n + s + r] : 0.0f;
           }
-          axpy<float, kAxpyRows>(row, ahead, weight, D, acc);
+          axpy<float, kRows>(row, ahead, weight, D, acc);
         }
         __builtin_memcpy(out, acc, D * sizeof(float));
       }
