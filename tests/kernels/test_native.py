@@ -1,0 +1,85 @@
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import shadowc.kernels.linear  # noqa: F401
+from shadowc import native
+from shadowc.errors import KernelError
+
+PROGRAM = """
+import torch, shadowc.kernels.linear
+from shadowc.native import isa
+print(torch.ops.shadowc.linear(torch.ones(1, 64), torch.ones(3, 64), None).sum().item(), isa())
+"""
+
+
+def run(isa: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "SHADOWC_ISA": isa}
+    command = [sys.executable, "-c", PROGRAM]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_forced_instruction_set():
+    done = run("generic")
+    assert done.stdout.split() == ["192.0", "generic"], done.stderr
+
+
+def test_unknown_instruction_set_is_refused():
+    done = run("mmx")
+    assert done.returncode != 0
+    assert "SHADOWC_ISA" in done.stderr and "generic | avx2 | avx512" in done.stderr
+
+
+def test_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    try:
+        with pytest.raises(KernelError, match="build_ext"):
+            torch.ops.shadowc.linear(torch.ones(1, 4), torch.ones(4, 4), None)
+        (tmp_path / "_native.so").write_bytes(b"not a library")
+        with pytest.raises(KernelError, match="cannot be loaded"):
+            torch.ops.shadowc.linear(torch.ones(1, 4), torch.ones(4, 4), None)
+    finally:
+        native.library.cache_clear()
+
+
+def test_forked_child_has_threads_of_its_own():
+    x, weight = torch.randn(1, 256), torch.randn(512, 256)
+    want = torch.ops.shadowc.linear(x, weight, None)  # the pool has its workers now
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(torch.ops.shadowc.linear(x, weight, None), want)
+        os.write(writing, b"same" if same else b"differs")
+        os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 16) == b"same"
+    os.waitpid(child, 0)
+    os.close(reading)
+
+
+def test_concurrent_callers():
+    x, weight = torch.randn(1, 256), torch.randn(1024, 256)
+    want = torch.ops.shadowc.linear(x, weight, None)
+    wrong = []
+
+    def work() -> None:
+        for _ in range(200):
+            if not torch.equal(torch.ops.shadowc.linear(x, weight, None), want):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_fields_of_a_call_are_checked():
+    with pytest.raises(Exception, match="expected"):
+        native.function("rms_norm", "3P 2q f")(0, 0)
