@@ -1,1 +1,1 @@
-"""calibration."""
+"""Calibration: data -> collect -> criteria -> predictor -> fit -> store."""

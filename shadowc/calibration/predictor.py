@@ -2,12 +2,12 @@
 
     z      = (feature - mean) * scale                              [B, T, C]
     phi    = [z, relu(features_weight z + features_bias)]          [B, T, C + M]
-    code   = encoder_weight phi                                    [B, T, R]
+    code   = encoder_weight phi + encoder_bias                     [B, T, R]
     scores = [heads_weight code + heads_bias, neurons_weight code + neurons_bias]
 
 What a token reads is dominated by the output matrices (R x units), so R is small and the M random
-features, which make the map non-linear, are cheap. The biases hold the mean scores: with a zero
-encoder the predictor is the `static` one.
+features, which make the map non-linear, are cheap. Codes are centred, so the output biases hold the
+mean scores.
 
 Source: one early predictor for the whole model: ShadowLLM (arXiv 2406.16635); random ReLU features:
 Rahimi and Recht, "Weighted sums of random kitchen sinks" (2008).
@@ -38,6 +38,7 @@ class ShadowPredictor(nn.Module):
     features_weight: Tensor
     features_bias: Tensor
     encoder_weight: Tensor
+    encoder_bias: Tensor
     heads_weight: Tensor
     heads_bias: Tensor
     neurons_weight: Tensor
@@ -56,6 +57,7 @@ class ShadowPredictor(nn.Module):
             "features_weight": (random_features, c),
             "features_bias": (random_features,),
             "encoder_weight": (rank, c + random_features),
+            "encoder_bias": (rank,),
             "heads_weight": (heads, rank),
             "heads_bias": (heads,),
             "neurons_weight": (neurons, rank),
@@ -89,7 +91,7 @@ class ShadowPredictor(nn.Module):
             neuron scores of all layers, fp32 [B, T, L, F].
         """
         b, t, _ = feature.shape
-        code = nn.functional.linear(self.expand(feature), self.encoder_weight)
+        code = nn.functional.linear(self.expand(feature), self.encoder_weight, self.encoder_bias)
         heads = nn.functional.linear(code, self.heads_weight, self.heads_bias)
         neurons = nn.functional.linear(code, self.neurons_weight, self.neurons_bias)
         return (
