@@ -132,19 +132,33 @@ def calibrate(
     criterion: Annotated[str, typer.Option(help="See: shadowc criteria.")] = "plainact",
     predictor: Annotated[str, typer.Option(help=" | ".join(config.PREDICTORS))] = "shadow",
     feature: Annotated[str, typer.Option(help=" | ".join(config.FEATURES))] = "residual",
-    rank: Annotated[int | None, typer.Option(help="Width of the predictor.")] = None,
+    rank: Annotated[int, typer.Option(help="Width of the predictor.")] = 128,
     data: Data = "pydoc",
-    examples: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 128,
+    examples: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
     device: Annotated[str, typer.Option(help="auto | cpu")] = "auto",
     output: Output = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget interrupted work.")] = False,
     seed: int = 0,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
     """Measure which units matter and fit the predictor."""
-    raise NotImplementedError
+    _choice("device", device, ("auto", "cpu"))
+    with _busy(f"loading {model}"):
+        from shadowc.calibration.data import calibration_examples
+        from shadowc.calibration.fit import FitOptions
+        from shadowc.calibration.fit import calibrate as fit
+        from shadowc.calibration.store import save_calibration
+        from shadowc.models import load_model, slug
+
+        options = FitOptions((criterion,), predictor, feature, rank=rank, seed=seed)
+        name = [slug(model), criterion] + ["static"] * (predictor == "static")
+        target = output or CALIBRATIONS / "-".join(name)
+        loaded = load_model(model)
+        windows = calibration_examples(loaded, data, examples, seq_len, seed)
+    (calibration,) = fit(loaded, windows, options, data=data, progress=True)
+    save_calibration(calibration, target)
+    return {"output": str(target), "examples": calibration.examples, **calibration.metrics}
 
 
 # compile ------------------------------------------------------------------------------------------
@@ -199,7 +213,7 @@ def compile_(
     policy = _policy(sparsity, head_sparsity, neuron_sparsity, budget, scope, refresh)
     _choice("dtype", dtype, ("auto", *DTYPES))
     _choice("predictor", predictor or "static", ("static",))
-    with err.status("loading"):
+    with _busy("loading"):
         from shadowc import budget as budgets
         from shadowc import compiler, targets
         from shadowc.calibration.store import load_calibration
@@ -226,7 +240,7 @@ def compile_(
                 parts += [chosen.criterion] + ["static"] * (chosen.predictor == "static")
             parts += _policy_name(policy, budget, sparsity)
             output = ARTIFACTS / "-".join([*parts, target])
-    with err.status(f"compiling {name}"):
+    with _busy(f"compiling {name}"):
         artifact = compiler.compile_model(
             loaded,
             None if dense else chosen,
@@ -328,7 +342,7 @@ def run(
     debug: Debug = False,
 ) -> Result:
     """Generate text, streamed."""
-    with err.status("loading"):
+    with _busy("loading"):
         from shadowc.runtime.loading import load
         from shadowc.runtime.streaming import generate
 
@@ -384,7 +398,7 @@ def eval_(
     debug: Debug = False,
 ) -> Result:
     """Measure quality: causal perplexity and tasks, beside the dense model."""
-    with err.status("loading"):
+    with _busy("loading"):
         from shadowc.artifact import open_artifact
         from shadowc.evaluation.perplexity import evaluate_artifact
         from shadowc.evaluation.report import save_section
@@ -460,7 +474,7 @@ def bench(
     debug: Debug = False,
 ) -> Result:
     """Measure speed: the artifact beside its dense original."""
-    with err.status("loading"):
+    with _busy("loading"):
         from shadowc.artifact import open_artifact
         from shadowc.evaluation.bench import bench as measure
         from shadowc.evaluation.report import save_section
@@ -504,7 +518,7 @@ def inspect(
     debug: Debug = False,
 ) -> Result:
     """Say what a directory is, after its hashes are verified."""
-    with err.status("verifying"):
+    with _busy("verifying"):
         from shadowc.artifact import MANIFEST, open_artifact
         from shadowc.calibration.store import JSON_FILE, load_calibration
         from shadowc.evaluation.report import describe_artifact, describe_calibration
@@ -529,7 +543,7 @@ def _show_names(result: Result) -> None:
 @command("targets", _show_names, "shadowc targets")
 def targets(as_json: AsJson = False, debug: Debug = False) -> Result:
     """List what can be compiled for."""
-    with err.status("looking"):
+    with _busy("looking"):
         from shadowc.targets import TARGETS, load_target
 
         names = [{"target": name, "what": load_target(name).DESCRIPTION} for name in TARGETS]
@@ -539,7 +553,13 @@ def targets(as_json: AsJson = False, debug: Debug = False) -> Result:
 @command("criteria", _show_names, "shadowc criteria")
 def criteria(as_json: AsJson = False, debug: Debug = False) -> Result:
     """List what can rank the units."""
-    raise NotImplementedError
+    with _busy("looking"):
+        from shadowc.calibration.criteria import CRITERIA
+
+    known = CRITERIA.values()
+    return {
+        "criteria": [{"criterion": c.name, "score": c.formula, "source": c.source} for c in known]
+    }
 
 
 # Shared -------------------------------------------------------------------------------------------
@@ -567,6 +587,14 @@ def _number(value: float | None) -> str:
 
 def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+def _busy(doing: str) -> contextlib.AbstractContextManager[object]:
+    """A spinner, or a line where there is no terminal."""
+    if err.is_terminal:
+        return err.status(doing)
+    err.print(f"{doing} ...")
+    return contextlib.nullcontext()
 
 
 def _progress() -> Any:

@@ -29,8 +29,7 @@ from torch import Tensor, fx
 from shadowc import native
 from shadowc.artifact import WEIGHTS, Artifact
 from shadowc.errors import LengthError, ModelError, OptionError, ShadowcError
-from shadowc.evaluation.text import held_out
-from shadowc.models import load_model
+from shadowc.evaluation.sources import held_out, original
 from shadowc.runtime.loading import load
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
@@ -44,7 +43,7 @@ WARM_UP = 8
 #: Tokens over which predictor and selection are timed.
 SELECTIONS = 32
 #: A variant that has taken this many seconds sits out the remaining turns.
-PATIENCE = 20.0
+PATIENCE = 15.0
 
 #: Decodes one token: ids [B, 1] -> results, if it has any.
 Step = Callable[[Tensor], Mapping[str, Tensor] | None]
@@ -294,14 +293,11 @@ def _eager_types(artifact: Artifact) -> dict[str, torch.dtype]:
 
 def _eager(artifact: Artifact, prompt: Tensor, dtype: torch.dtype) -> Variant:
     """The original model as transformers runs it, with its own cache."""
-    source, stored = artifact.manifest["model"], getattr(torch, artifact.manifest["dtype"])
+    stored = getattr(torch, artifact.manifest["dtype"])
     size = artifact.manifest["files"][WEIGHTS]["bytes"] * dtype.itemsize // stored.itemsize
     if size > (free := free_memory()):
         raise ModelError("not enough memory", expected=f"{size} bytes", got=f"{free} free")
-    loaded = load_model(source["name"], dtype=dtype)
-    if loaded.source.fingerprint != source["fingerprint"]:
-        raise ModelError(f"{source['name']} is not the model that was compiled any more")
-    model = loaded.model
+    model = original(artifact, dtype).model
     cache = model(input_ids=prompt, use_cache=True).past_key_values
 
     def step(token: Tensor) -> None:

@@ -24,7 +24,8 @@ from shadowc.artifact import Artifact
 from shadowc.calibration.data import Question, encode_answer, load_questions
 from shadowc.errors import OptionError
 from shadowc.evaluation.masks import mask_source, teacher_forced, with_given_masks
-from shadowc.evaluation.text import as_loaded, held_out
+from shadowc.evaluation.oracle import true_scores
+from shadowc.evaluation.sources import as_loaded, held_out, original
 from shadowc.passes.insert_predictor import MaskMaker, StaticScores
 from shadowc.runtime.loading import load
 from shadowc.runtime.session import Session
@@ -40,7 +41,7 @@ Scores = Callable[[Tensor], tuple[Tensor, Tensor]]
 #: Wraps an iterable to show progress.
 Track = Callable[[Sequence[Tensor]], Iterable[Tensor]]
 
-_BATCH_LOGITS = 1 << 25
+_BATCH_LOGITS = 1 << 21
 
 
 @dataclass
@@ -68,16 +69,15 @@ class Tally:
             first: Position of the first token that decodes.
         """
         logits, targets = results["logits"][:, first:-1], ids[:, first + 1 :]
-        self.loss += float(
-            nn.functional.cross_entropy(
-                logits.flatten(0, 1).double(), targets.flatten(), reduction="sum"
-            )
-        )
+        losses = nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+        self.loss += float(losses.sum(dtype=torch.float64))
         self.tokens += targets.numel()
         for name in ("head", "neuron"):
             mask = results.get(f"{name}_mask")
-            ran = 1.0 if mask is None else float(mask[:, first:-1].float().mean())
-            setattr(self, f"{name}s", getattr(self, f"{name}s") + ran * targets.numel())
+            ran = float(targets.numel())
+            if mask is not None:
+                ran = float(mask[:, first:-1].sum()) / mask[0, 0].numel()
+            setattr(self, f"{name}s", getattr(self, f"{name}s") + ran)
 
     def to_json(self) -> dict[str, Any]:
         """Perplexity and what ran."""
@@ -261,10 +261,14 @@ def evaluate_artifact(
     model = load(artifact.path)
     session, loaded = model.session, as_loaded(model)
     length = min(seq_len, session.max_seq_len)
+    windows = held_out(model, data, length, tokens)
     oracle = None
+    if "oracle" in against and artifact.manifest["calibration"]:
+        criterion = artifact.manifest["calibration"]["criterion"]
+        oracle = true_scores(original(artifact), criterion, windows)
     variants = evaluate(
         session,
-        held_out(model, data, length, tokens),
+        windows,
         against=tuple(dict.fromkeys(("dense", *against))),
         oracle=oracle,
         track=track,

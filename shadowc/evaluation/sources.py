@@ -1,9 +1,13 @@
-"""Text that an artifact was not calibrated on, in its own tokens."""
+"""What a measurement needs besides the artifact: held-out text and the original model."""
 
 from __future__ import annotations
 
+import torch
+
+from shadowc.artifact import Artifact
 from shadowc.calibration.data import evaluation_windows
-from shadowc.models import LoadedModel, ModelSource
+from shadowc.errors import ModelError
+from shadowc.models import LoadedModel, ModelSource, load_model
 from shadowc.runtime.model import ShadowModel
 
 
@@ -34,3 +38,20 @@ def held_out(model: ShadowModel, data: str, seq_len: int, tokens: int) -> list[l
         tokens,
         calibrated_on=calibration["data"] if calibration else data,
     )
+
+
+def original(artifact: Artifact, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """The model that an artifact was compiled from.
+
+    Raises:
+        ModelError: If it cannot be found, or is another one now.
+    """
+    source = artifact.manifest["model"]
+    loaded = load_model(source["name"], dtype=dtype)
+    if loaded.source.fingerprint != source["fingerprint"]:
+        raise ModelError(
+            f"{source['name']} is not the model that was compiled any more",
+            expected=source["fingerprint"],
+            got=loaded.source.fingerprint,
+        )
+    return loaded

@@ -1,0 +1,70 @@
+"""The true scores of every token, from its own activations and gradients: an upper bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from shadowc.calibration.collect import Batch, Collector
+from shadowc.calibration.criteria import Criterion, Moments, Units, find_criterion
+from shadowc.calibration.data import Example
+from shadowc.models import LoadedModel
+
+Site = tuple[str, int]
+
+
+def true_scores(
+    loaded: LoadedModel, criterion: str, windows: Sequence[Sequence[int]], seed: int = 0
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Score with the original model what a predictor can only guess.
+
+    Args:
+        loaded: The original model.
+        criterion: Name of the artifact's criterion.
+        windows: The text; a criterion that weighs units by their mean gradient takes it from here.
+        seed: Of criteria that draw.
+
+    Returns:
+        A function of ids int64 [B, T] that gives scores fp32 [B, T, L, H] and [B, T, L, F].
+    """
+    chosen = find_criterion(criterion)
+    collector = Collector(loaded.model, loaded.shape, "residual")
+    generator = torch.Generator().manual_seed(seed)
+    factors = _factors(collector, chosen, windows)
+
+    def scores(ids: Tensor) -> tuple[Tensor, Tensor]:
+        batch = _run(collector, ids.tolist())
+
+        def stacked(kind: str, values: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+            layers = [
+                chosen.score(Units(kind, layer, a, g, generator)) * factors.get((kind, layer), 1.0)
+                for layer, (a, g) in enumerate(values)
+            ]
+            return torch.stack(layers, dim=2)
+
+        return stacked("heads", batch.heads), stacked("neurons", batch.neurons)
+
+    return scores
+
+
+def _factors(
+    collector: Collector, criterion: Criterion, windows: Sequence[Sequence[int]]
+) -> dict[Site, Tensor]:
+    if criterion.factor is None:
+        return {}
+    sums: dict[Site, Tensor] = {}
+    count = 0
+    for window in windows:
+        batch = _run(collector, [window])
+        count += int(batch.counts.sum())
+        for kind, values in (("heads", batch.heads), ("neurons", batch.neurons)):
+            for layer, (_, g) in enumerate(values):
+                square = g.square().sum(dim=-1)[batch.counts].sum(dim=0)
+                sums[kind, layer] = sums.get((kind, layer), torch.zeros(())) + square
+    return {site: criterion.factor(Moments(total / count)) for site, total in sums.items()}
+
+
+def _run(collector: Collector, windows: Sequence[Sequence[int]]) -> Batch:
+    return collector.run([Example(list(ids), [True] * len(ids)) for ids in windows])
