@@ -1,10 +1,10 @@
 """exported graph -> the same graph in one spelling, so that later passes match few shapes.
 
-    plain call signature      pytrees and constant inputs -> the three tensors of `trace.INPUTS`
-    dropout, alias, asserts   -> removed (they do nothing in inference)
-    sizes of the mask         -> sizes of input_ids, so that the lowering can drop the mask
-    float -> float casts      -> removed: activations have one float type throughout
-    reshape(x, [-1, C]) ... view(y, [B, T, C])  -> x ... y, when only row-wise ops lie between
+plain call signature      pytrees and constant inputs -> the three tensors of `trace.INPUTS`
+dropout, alias, asserts   -> removed (they do nothing in inference)
+sizes of the mask         -> sizes of input_ids, so that the lowering can drop the mask
+float -> float casts      -> removed: activations have one float type throughout
+reshape(x, [-1, C]) ... view(y, [B, T, C])  -> x ... y, when only row-wise ops lie between
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _remove_identities(module: fx.GraphModule) -> bool:
 def _float_to_float(node: fx.Node) -> bool:
     before = node.args[0].meta["val"].dtype
     after = node.meta["val"].dtype
-    return before == after or (before.is_floating_point and after.is_floating_point)
+    return bool(before == after or (before.is_floating_point and after.is_floating_point))
 
 
 def _remove_flattening(module: fx.GraphModule) -> bool:

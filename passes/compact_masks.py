@@ -1,11 +1,14 @@
-"""per-layer mask -> compact   ->   one shadowc::select for the whole model, or keep sets given as inputs
+"""per-layer mask -> compact   ->   one shadowc::select for the whole model, or keep sets given as
+inputs
 
     scores -> top-k -> mask [B, T, L, N] -> select layer -> compact      (L times)
-        ->  select(scores) -> index [L, B, N], count [L, B] -> unbind    (decode: the mask never exists)
+        ->  select(scores) -> index [L, B, N], count [L, B] -> unbind    (decode: the mask never
+        exists)
         ->  inputs head_index, head_count, neuron_index, neuron_count    (hold: no predictor runs)
 
-The graph then returns the keep sets it ran with, by name: `module.meta["outputs"]`. When a policy keeps
-all heads, their keep set is left out and the ops run all of them; a graph without masks keeps all.
+The graph then returns the keep sets it ran with, by name: `module.meta["outputs"]`. When a policy
+keeps all heads, their keep set is left out and the ops run all of them; a graph without masks
+keeps all.
 """
 
 from __future__ import annotations
@@ -98,9 +101,10 @@ def _replace_compacts(
     shift = mask.meta["val"].shape[2] - len(by_layer)
     for layer_mask in [u for u in mask.users if u.target is aten.select.int]:
         layer = layer_mask.args[2]
-        for row in list(layer_mask.users):
-            for compact in list(row.users):
-                for result in list(compact.users):
-                    new = by_layer[layer - shift][result.args[1]]
-                    for user in list(result.users):
-                        user.args = tuple(new if a is result else a for a in user.args)
+        reached = [layer_mask]  # -> select the token -> contiguous -> compact -> index, count
+        for _ in range(4):
+            reached = [user for node in reached for user in node.users]
+        for result in reached:
+            new = by_layer[layer - shift][result.args[1]]
+            for user in list(result.users):
+                user.args = tuple(new if a is result else a for a in user.args)

@@ -1,7 +1,7 @@
 """canonical graph -> the same graph, with its attention and MLP blocks found and written down.
 
     attention   linear q, k, v -> [rotary] -> scaled_dot_product_attention -> linear out
-    mlp         linear fc1 -> act -> linear fc2      or      act(linear gate) * linear up -> linear down
+    mlp         linear fc1 -> act -> linear fc2      or  act(linear gate) * linear up -> linear down
 
 Blocks are found by operators and structure; the exported module stack (`...layers.3...`) is the
 evidence that the structure belongs to that layer. The result is kept in `module.meta["blocks"]`.
@@ -9,6 +9,7 @@ evidence that the structure belongs to that layer. The result is kept in `module
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,8 +61,8 @@ class MLP:
 class Keep:
     """The nodes that say which units run: scores [B, T, L', N] and masks bool [B, T, L, N]."""
 
-    head_scores: fx.Node | None
-    neuron_scores: fx.Node | None
+    head_scores: fx.Node
+    neuron_scores: fx.Node
     head_mask: fx.Node
     neuron_mask: fx.Node
 
@@ -128,7 +129,11 @@ def find_blocks(module: fx.GraphModule, *, shape: ModelShape) -> bool:
 
 def _check(blocks: Blocks) -> None:
     shape = blocks.shape
-    for kind, found in (("attention", blocks.attention), ("MLP", blocks.mlp)):
+    kinds: tuple[tuple[str, Sequence[Attention | MLP]], ...] = (
+        ("attention", blocks.attention),
+        ("MLP", blocks.mlp),
+    )
+    for kind, found in kinds:
         looked_for = {
             "attention": "linear q, k, v -> scaled_dot_product_attention -> linear",
             "MLP": "linear -> activation -> linear, or act(linear) * linear -> linear",
@@ -237,8 +242,9 @@ def _rotary(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, fx.Node]] | None:
             return None
     x, cos = straight.args
     half, sin = rotated.args
-    if half.target is not aten.cat.default or any(f.target is not aten.unsqueeze.default
-                                                  for f in (cos, sin)):
+    if half.target is not aten.cat.default or any(
+        f.target is not aten.unsqueeze.default for f in (cos, sin)
+    ):
         return None
     minus, plus = half.args[0]
     if minus.target is not aten.neg.default or plus.target is not aten.slice.Tensor:
@@ -252,7 +258,5 @@ def _rotary(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, fx.Node]] | None:
 
 def _only_user(node: fx.Node) -> fx.Node:
     if len(node.users) != 1:
-        raise PassError(
-            f"find_blocks: expected one user after {node.target}", got=len(node.users)
-        )
+        raise PassError(f"find_blocks: expected one user after {node.target}", got=len(node.users))
     return next(iter(node.users))

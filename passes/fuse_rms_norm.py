@@ -1,4 +1,4 @@
-"""weight * (x * rsqrt(mean(x^2) + eps))  ->  shadowc::rms_norm(x, weight, eps): six ops become one."""
+"""weight * (x * rsqrt(mean(x^2) + eps))  ->  shadowc::rms_norm(x, weight, eps): one op for six."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def fuse_rms_norm(module: fx.GraphModule) -> bool:
             continue
         x, weight, eps = found
         with module.graph.inserting_before(node):
-            fused = module.graph.call_function(
-                torch.ops.shadowc.rms_norm.default, (x, weight, eps)
-            )
+            fused = module.graph.call_function(torch.ops.shadowc.rms_norm.default, (x, weight, eps))
         fused.meta = dict(node.meta)
         node.replace_all_uses_with(fused)
         changed = True

@@ -1,14 +1,14 @@
 """attention block  ->  sparse_qkv -> decode_attention -> sparse_out_proj, over a static KV cache.
 
     linear q, k, v . rotary . sdpa . mask . linear out . residual add
-        ->  index, count = compact(mask)                         (none: every head, the dense program)
+        ->  index, count = compact(mask)                       (none: every head, the dense program)
             q, k, v      = sparse_qkv(x, ...)                    (k and v of every head)
             context      = decode_attention(q, k, v, caches)
             y            = sparse_out_proj(context, out^T, residual)
 
 The stateless graph becomes one with state: inputs `start` int64 [B] (first valid slot of a row),
-`position` int64 [1] (slot of the first new token) and a key and a value cache [B, G, S, D] a layer take
-the place of the attention mask.
+`position` int64 [1] (slot of the first new token) and a key and a value cache [B, G, S, D] a layer
+take the place of the attention mask.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def compacted(graph: fx.Graph, mask: fx.Node | None) -> tuple[fx.Node | None, fx
     if mask is None:
         return None, None
     row = graph.call_function(aten.select.int, (mask, 1, -1))
+    row = graph.call_function(aten.contiguous.default, (row,))
     index, count = unpack(graph, graph.call_function(torch.ops.shadowc.compact.default, (row,)), 2)
     return index, count
 

@@ -1,6 +1,6 @@
 """MLP block  ->  shadowc::sparse_mlp, or shadowc::sparse_gated_mlp.
 
-    linear fc1 . act . mask . linear fc2 . residual add             -> sparse_mlp(x, fc1, fc2^T, residual)
+    linear fc1 . act . mask . linear fc2 . residual add       -> sparse_mlp(x, fc1, fc2^T, residual)
     act(linear gate) * linear up . mask . linear down . residual add -> sparse_gated_mlp(...)
 
 Each also tells how many rows of the second projection it read; the graph returns them by layer.

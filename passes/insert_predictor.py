@@ -7,8 +7,8 @@ A new input `mask_source` int64 [B, T] names, for every token, the token whose m
 itself (refresh every token), an earlier one, or none (-1: a prompt token, which runs dense). That
 one input states every refresh mode, and a mask can never come from a later token.
 
-The predictor is the very module that was fitted, exported and inlined, so what the artifact computes
-is what calibration measured. For `static` scores the masks are constants.
+The predictor is the very module that was fitted, exported and inlined, so what the artifact
+computes is what calibration measured. For `static` scores the masks are constants.
 The graph then returns (logits, head mask, neuron mask).
 """
 
@@ -32,6 +32,8 @@ class StaticScores(nn.Module):
 
     def __init__(self, heads: Tensor, neurons: Tensor) -> None:
         super().__init__()
+        self.heads: Tensor
+        self.neurons: Tensor
         self.register_buffer("heads", heads[1:].clone())
         self.register_buffer("neurons", neurons.clone())
 

@@ -1,4 +1,4 @@
-"""Runs passes in order: checks the graph after each, names the one that failed, dumps on request."""
+"""Runs passes in order, checks the graph after each, names the one that failed."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""the model's parameters -> the artifact's tensors: each matrix once, in one type, unit rows contiguous
+"""the model's parameters -> the artifact's tensors: each matrix once, in one type, unit rows
+contiguous
 
-    contiguous(t(weight))      -> weight_t, stored transposed                      (second projections)
+    contiguous(t(weight))      -> weight_t, stored transposed                   (second projections)
     matrix                     -> stored in the weight type; vectors stay fp32
-    embedding(matrix)          -> float(embedding(matrix))                         (activations are fp32)
-    any other use of a matrix  -> float(matrix)                                    (the masked program)
+    embedding(matrix)          -> float(embedding(matrix))                    (activations are fp32)
+    any other use of a matrix  -> float(matrix)                                 (the masked program)
 
-All programs of an artifact share one `Packed` store: the lowered ones lay it out, the masked one reads
-a second projection back as the transpose of what they stored.
+All programs of an artifact share one `Packed` store: the lowered ones lay it out, the masked one
+reads a second projection back as the transpose of what they stored.
 """
 
 from __future__ import annotations

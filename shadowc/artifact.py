@@ -1,6 +1,6 @@
 """The artifact directory: what `compile` writes and a runtime loads.
 
-    manifest.json                      schema, model, policy, target, versions, sha256 + size of every file
+    manifest.json               schema, model, policy, target, versions, sha256 + size of every file
     config.json, tokenizer ...         Hugging Face files of the model
     model.safetensors                  packed weights, once
     predictor.safetensors              predictor, mean scores, and keep sets that never change
@@ -83,7 +83,8 @@ def write_artifact(
         tensors: Packed weights, predictor and keep sets by name.
         programs: Programs as JSON, by name.
         report: What was measured while compiling.
-        pretrained: Objects with `save_pretrained`: the model's config, its generation config, tokenizer.
+        pretrained: Objects with `save_pretrained`: the model's config, its generation config,
+            tokenizer.
 
     Returns:
         The artifact.
@@ -135,8 +136,8 @@ def open_artifact(path: str | Path) -> Artifact:
     """Check an artifact directory and read its manifest.
 
     Raises:
-        ArtifactError: If it is missing, of another schema, or a file is missing, truncated, edited or
-            outside the directory; names the file.
+        ArtifactError: If it is missing, of another schema, or a file is missing, truncated, edited
+            or outside the directory; names the file.
     """
     root = Path(path)
     try:

@@ -25,17 +25,20 @@ def predictor_elements(calibration: Calibration, *, heads: bool, neurons: bool) 
 def elements_read(calibration: Calibration, policy: Policy) -> float:
     """Weights of the decoder layers and the predictor that a decode token reads, expected.
 
-    Rows of the second projection whose activation is exactly zero are not read. How many of them are
-    among the kept neurons is not known before it runs: the smaller of both savings is taken, so that
-    the real number is at most this one.
+    Rows of the second projection whose activation is exactly zero are not read. How many of them
+    are among the kept neurons is not known before it runs: the smaller of both savings is taken, so
+    that the real number is at most this one.
     """
     shape = calibration.shape
     kept = 1.0 - policy.neuron_sparsity
     rows = min(kept, 1.0 - float(calibration.zero_rate.mean()))
     first = 2 if shape.gated else 1
     mlp = shape.ffn * shape.hidden * (first * kept + rows)
-    attention = 2 * shape.head_dim * shape.hidden * (
-        shape.kv_heads + shape.heads * (1.0 - policy.head_sparsity)
+    attention = (
+        2
+        * shape.head_dim
+        * shape.hidden
+        * (shape.kv_heads + shape.heads * (1.0 - policy.head_sparsity))
     )
     predictor = 0.0
     if policy.refresh:
@@ -69,8 +72,10 @@ def allot(calibration: Calibration, fraction: float, policy: Policy) -> Policy:
     if elements_read(calibration, with_units(0.0, 0.0)) <= goal:
         return with_units(0.0, 0.0)
     most_heads = _most_heads(shape, policy)
-    for low, high in ((with_units(0.0, 0.0), with_units(MOST_NEURONS, 0.0)),
-                      (with_units(MOST_NEURONS, 0.0), with_units(MOST_NEURONS, most_heads))):
+    for low, high in (
+        (with_units(0.0, 0.0), with_units(MOST_NEURONS, 0.0)),
+        (with_units(MOST_NEURONS, 0.0), with_units(MOST_NEURONS, most_heads)),
+    ):
         if elements_read(calibration, high) <= goal:
             return _bisect(calibration, low, high, goal)
     least = elements_read(calibration, with_units(MOST_NEURONS, most_heads))

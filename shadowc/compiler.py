@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from shadowc import artifact as artifacts
-from shadowc import budget, targets
+from shadowc import targets
+from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.store import Calibration
 from shadowc.config import Policy
 from shadowc.errors import CalibrationError
@@ -139,8 +140,9 @@ def build_programs(
     sparse = policy.head_sparsity > 0 or policy.neuron_sparsity > 0
     run_passes(traced, (canonicalize,), dump=dump / "traced" if dump else None)
     found: tuple[Pass, ...] = (partial(find_blocks, shape=loaded.shape),)
-    scored, masked, keep = found, found, {}
-    predictor: torch.nn.Module | None = None
+    scored, masked = found, found
+    keep: dict[str, Tensor] = {}
+    predictor: ShadowPredictor | StaticScores | None
     if sparse:
         if calibration is None:
             raise CalibrationError(
@@ -149,8 +151,9 @@ def build_programs(
             )
         predictor = calibration.build_predictor()
         if predictor is None:
-            predictor = StaticScores(calibration.mean_head_scores, calibration.mean_neuron_scores)
-            keep = static_keep(predictor, policy, loaded)
+            static = StaticScores(calibration.mean_head_scores, calibration.mean_neuron_scores)
+            keep = static_keep(static, policy, loaded)
+            predictor = static
         width = loaded.shape.hidden
         if calibration.feature == "context":
             width = loaded.shape.heads * loaded.shape.head_dim

@@ -78,7 +78,8 @@ class Policy:
             run (the predictor reads what they compute) and count as kept.
         neuron_sparsity: Fraction of all F*L neurons that do not run, in [0, 1).
         scope: `global`: one ranking over the model; `local`: the same budget in every layer.
-        refresh: A new mask every `refresh` decoded tokens; 0 means once, at the prompt's last token.
+        refresh: A new mask every `refresh` decoded tokens; 0 means once, at the prompt's last
+            token.
         min_heads: Heads that every layer keeps at least, its own best ones.
         min_neurons: Neurons that every layer keeps at least, its own best ones.
     """

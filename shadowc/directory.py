@@ -21,12 +21,12 @@ def atomic_directory(
 ) -> Iterator[Path]:
     """Give a temporary directory beside `target` that takes its place when the block succeeds.
 
-    Everything is synced to disk before the rename; after a failure or an interrupt nothing is left and
-    what was at `target` is still there.
+    Everything is synced to disk before the rename; after a failure or an interrupt nothing is left
+    and what was at `target` is still there.
 
     Args:
-        target: Where the directory shall be. An existing one is replaced only if it is empty or holds
-            `marker`, so that a mistyped --output destroys nothing.
+        target: Where the directory shall be. An existing one is replaced only if it is empty or
+            holds `marker`, so that a mistyped --output destroys nothing.
         marker: Name of a file that such directories have.
         error: What to raise.
 

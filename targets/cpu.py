@@ -1,4 +1,4 @@
-"""The `cpu` target: native kernels (AVX2, AVX-512 or portable), half-precision weights, fp32 activations."""
+"""The `cpu` target: native kernels, half-precision weights, fp32 activations."""
 
 from __future__ import annotations
 

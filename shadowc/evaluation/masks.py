@@ -78,8 +78,10 @@ def with_given_masks(program: Program) -> Program:
     placeholders = program.graph.find_nodes(op="placeholder")
     for node in placeholders:
         values[node] = graph.node_copy(node, lambda n: values[n])
-    given = {node: graph.placeholder(name) for node, name in ((head, "head_mask"),
-                                                              (neuron, "neuron_mask"))}
+    given = {
+        node: graph.placeholder(name)
+        for node, name in ((head, "head_mask"), (neuron, "neuron_mask"))
+    }
     for node in program.graph.nodes:
         if node.op == "call_function":
             values[node] = given.get(node) or graph.node_copy(node, lambda n: values[n])

@@ -1,4 +1,4 @@
-"""The static KV cache: one block of memory a layer, sized once, that decode steps write in place."""
+"""The static KV cache: memory sized once, that decode steps write in place."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from shadowc.errors import LengthError
 class KVCache:
     """Keys, values and everything else that a batch of sequences carries from step to step.
 
-    Keys and values of every head are written at every token, whatever the masks, so that a head that
-    returns later finds its past.
+    Keys and values of every head are written at every token, whatever the masks, so that a head
+    that returns later finds its past.
 
     Attributes:
         length: Slots filled so far, the same in all rows (shorter prompts are padded on the left).

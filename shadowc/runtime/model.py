@@ -14,11 +14,11 @@ from shadowc.runtime.cache import KVCache
 from shadowc.runtime.session import Session
 
 
-class ShadowModel(PreTrainedModel, GenerationMixin):
+class ShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A causal language model that runs an artifact's programs.
 
-    Greedy search, sampling, beam search, streamers, stopping criteria and batches padded on the left
-    are transformers' own; this class brings the forward pass and the cache.
+    Greedy search, sampling, beam search, streamers, stopping criteria and batches padded on the
+    left are transformers' own; this class brings the forward pass and the cache.
 
     Attributes:
         session: The programs; `session.step` is the loop's bare step.
@@ -52,7 +52,7 @@ class ShadowModel(PreTrainedModel, GenerationMixin):
         """Type of activations and logits."""
         return torch.float32
 
-    def can_generate(self) -> bool:  # type: ignore[override]
+    def can_generate(self) -> bool:
         """Yes; transformers asks because the class has no checkpoint of its own."""
         return True
 
@@ -68,10 +68,11 @@ class ShadowModel(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: [B, filled + T] of 0 and 1, zeros on the left only; None means no padding.
+            attention_mask: [B, filled + T] of 0 and 1, zeros on the left only; None means no
+                padding.
             past_key_values: The cache to go on with; None starts one.
-            use_cache: False runs the masked program over the whole sequence instead, every token with
-                its own mask, and returns the logits of all tokens: what scoring needs.
+            use_cache: False runs the masked program over the whole sequence instead, every token
+                with its own mask, and returns the logits of all tokens: what scoring needs.
             **ignored: Other arguments that `generate` passes and that change nothing here.
 
         Returns:

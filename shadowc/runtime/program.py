@@ -1,9 +1,9 @@
 """An executable graph as JSON: what a `programs/*.json` file holds and how it runs.
 
-A program is a list of calls to `aten::` and `shadowc::` operators (and Python arithmetic on sizes) over
-named weights and inputs. The format names operators, never code: nothing is imported or evaluated from
-a file, and an operator outside these namespaces is refused. torch.export's own archive is not used
-because it stores example inputs as a pickle and takes seconds to load.
+A program is a list of calls to `aten::` and `shadowc::` operators (and Python arithmetic on sizes)
+over named weights and inputs. The format names operators, never code: nothing is imported or
+evaluated from a file, and an operator outside these namespaces is refused. torch.export's own
+archive is not used because it stores example inputs as a pickle and takes seconds to load.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Program:
         """
         missing = [name for name in self.weights if name not in tensors]
         if missing:
-            raise ArtifactError("the program needs tensors that the artifact lacks", got=missing[:3])
+            raise ArtifactError(
+                "the program needs tensors that the artifact lacks", got=missing[:3]
+            )
         module = fx.GraphModule(torch.nn.Module(), self.graph)
         run = module.forward  # the generated function itself: no nn.Module call overhead
         values = tuple(tensors[name] for name in self.weights)

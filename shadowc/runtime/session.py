@@ -58,14 +58,18 @@ class Session:
         Raises:
             ArtifactError: If the artifact has no such program.
         """
+        program = self._program(name)
         bound = self._bound.get(name)
         if bound is None:
-            if name not in self.programs:
-                raise ArtifactError(
-                    f"the artifact has no program {name!r}", expected=", ".join(self.programs)
-                )
-            bound = self._bound[name] = self.programs[name].bind(self.tensors)
-        return dict(zip(self.programs[name].outputs, bound(*inputs), strict=True))
+            bound = self._bound[name] = program.bind(self.tensors)
+        return dict(zip(program.outputs, bound(*inputs), strict=True))
+
+    def _program(self, name: str) -> Program:
+        if name not in self.programs:
+            raise ArtifactError(
+                f"the artifact has no program {name!r}", expected=", ".join(self.programs)
+            )
+        return self.programs[name]
 
     def with_program(self, name: str, program: Program) -> Session:
         """The same artifact with one more program."""
@@ -113,7 +117,7 @@ class Session:
             "position": slots[:1],
             **cache.keep,
         }
-        inputs = self.programs[name].inputs if name in self.programs else ()
+        inputs = self._program(name).inputs
         named = [arguments[key] for key in inputs[: len(inputs) - len(cache.tensors)]]
         results = self.run(name, *named, *cache.tensors)
         cache.length += tokens
@@ -123,13 +127,17 @@ class Session:
 
     @property
     def _prefill(self) -> str:
-        return "prefill" if "prefill" in self.programs else "dense"
+        predicted = self.policy.refresh != 1 and not self.static_keep
+        sparse = self.policy.head_sparsity > 0 or self.policy.neuron_sparsity > 0
+        return "prefill" if predicted and sparse else "dense"
 
     def _decode(self, cache: KVCache) -> str:
-        if "decode" not in self.programs:  # sparsity 0, or keep sets that never change
-            return next(name for name in ("hold", "exact", "dense") if name in self.programs)
-        refresh = self.policy.refresh
-        return "decode" if refresh and cache.steps % refresh == 0 else "hold"
+        policy = self.policy
+        if policy.head_sparsity == policy.neuron_sparsity == 0:
+            return "exact" if "exact" in self.programs else "dense"  # SwiGLU has no exact zeros
+        if self.static_keep:
+            return "hold"
+        return "decode" if policy.refresh and cache.steps % policy.refresh == 0 else "hold"
 
 
 _KEEP = ("head_", "neuron_")

@@ -1,4 +1,4 @@
-"""What really ran: units by layer and bytes of weights, counted from the results of decode steps."""
+"""What really ran: units by layer and bytes of weights, counted from decode steps."""
 
 from __future__ import annotations
 

@@ -214,9 +214,7 @@ def test_encode_answer(loaded: LoadedModel) -> None:
     assert isinstance(example, Example)
 
 
-def test_hub_data_uses_its_own_splits(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_data_uses_its_own_splits(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def load_dataset(path: str, config: str, **options: object) -> list[dict[str, str]]:

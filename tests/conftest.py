@@ -1,0 +1,154 @@
+"""Tiny OPT and Llama models, traced once, for tests that need a graph rather than a good model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, fx
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from shadowc.calibration.predictor import ShadowPredictor
+from shadowc.calibration.store import Calibration
+from shadowc.compiler import build_programs
+from shadowc.config import Policy
+from shadowc.models import LoadedModel, ModelSource, load_model, model_shape
+from shadowc.passes.canonicalize import canonicalize
+from shadowc.passes.find_blocks import find_blocks
+from shadowc.passes.insert_predictor import export_masks, insert_predictor
+from shadowc.passes.manager import copy_module, run_passes
+from shadowc.passes.mask_attention import mask_attention
+from shadowc.passes.mask_mlp import mask_mlp
+from shadowc.runtime.session import Session
+from shadowc.targets import load_target
+from shadowc.trace import trace
+
+VOCAB = 8192  # that of the bundled tokenizer
+
+
+@dataclass
+class Tiny:
+    """A model of three layers with its traced graph and a calibration of random weights."""
+
+    loaded: LoadedModel
+    traced: fx.GraphModule
+    calibration: Calibration
+    built: dict[object, object] = field(default_factory=dict)
+
+    @property
+    def shape(self):
+        return self.loaded.shape
+
+    def ids(self, batch: int = 2, tokens: int = 12, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(5, VOCAB, (batch, tokens), generator=generator)
+
+    def inputs(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a stateless graph takes."""
+        batch, tokens = ids.shape
+        causal = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(batch, 1, -1, -1)
+        return ids, torch.arange(tokens).expand(batch, -1), causal
+
+    def graph(self, stage: str, policy: Policy | None = None) -> fx.GraphModule:
+        """A fresh graph after `canonicalize`, `find_blocks`, `insert_predictor` or `masked`."""
+        stages = ["canonicalize", "find_blocks", "insert_predictor", "masked"]
+        policy = policy or Policy(0.5, 0.5, min_neurons=2)
+        passes = [(), (partial(find_blocks, shape=self.shape),)]
+        wanted = stages.index(stage)
+        if wanted >= 2:
+            passes.append((partial(insert_predictor, masks=self.masks(policy)),))
+            passes.append((mask_attention, mask_mlp))
+        module = copy_module(self.traced)
+        for group in passes[: wanted + 1]:
+            run_passes(module, group)
+        return module
+
+    def masks(self, policy: Policy) -> fx.GraphModule:
+        """Predictor and selection, exported once a policy."""
+        if policy not in self.built:
+            predictor = self.calibration.build_predictor()
+            self.built[policy] = export_masks(predictor, self.shape, policy, self.shape.hidden)
+        return self.built[policy]
+
+    def session(self, policy: Policy, *, dtype=torch.float32, calibration=None) -> Session:
+        """The lowered programs, as an artifact would hold them (built once a policy)."""
+        key = (policy, dtype, id(calibration))
+        built = self.built.get(key) or build_programs(
+            copy_module(self.traced),
+            self.loaded,
+            calibration or self.calibration,
+            policy,
+            load_target("cpu"),
+            dtype,
+        )
+        self.built[key] = built
+        return Session(
+            self.shape, policy, built.programs, built.packed, built.keep, 64, built.predictor_bytes
+        )
+
+
+def _tiny(name: str) -> Tiny:
+    torch.manual_seed(0)
+    if name == "opt":
+        config = OPTConfig(
+            hidden_size=64, ffn_dim=96, num_hidden_layers=3, num_attention_heads=4,
+            word_embed_proj_dim=64, vocab_size=VOCAB, max_position_embeddings=64, init_std=0.2,
+        )  # fmt: skip
+        model = OPTForCausalLM(config)
+    else:
+        config = LlamaConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, vocab_size=VOCAB, max_position_embeddings=64,
+            initializer_range=0.2,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # biases and norms are 0 and 1 in a fresh model
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        parameter.requires_grad_(False)
+    model.eval()
+    shape = model_shape(config)
+    source = ModelSource(name=name, kind="random", path=None, revision=None, fingerprint=name)
+    tokenizer = load_model("opt-books-15m").tokenizer
+    loaded = LoadedModel(model=model, tokenizer=tokenizer, shape=shape, source=source)
+    traced = copy_module(run_passes(trace(model).module(check_guards=False), (canonicalize,)))
+    return Tiny(loaded, traced, random_calibration(loaded))
+
+
+def random_calibration(loaded: LoadedModel, predictor: str = "shadow") -> Calibration:
+    """A calibration whose predictor has random weights."""
+    shape = loaded.shape
+    generator = torch.Generator().manual_seed(1)
+    network = ShadowPredictor(shape, rank=8, random_features=16)
+    for name, buffer in network.named_buffers():
+        if name == "feature_scale":
+            buffer.fill_(1.0)
+        else:
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+    return Calibration(
+        model=vars(loaded.source), shape=shape, criterion="random", predictor=predictor,
+        feature="residual", rank=8, random_features=16, data="none", examples=1, tokens=1,
+        seq_len=1, seed=0, metrics={}, versions={},
+        mean_head_scores=torch.rand(shape.layers, shape.heads, generator=generator),
+        mean_neuron_scores=torch.rand(shape.layers, shape.ffn, generator=generator),
+        zero_rate=torch.zeros(shape.layers, shape.ffn),
+        weights=dict(network.state_dict()) if predictor == "shadow" else {},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_opt() -> Tiny:
+    return _tiny("opt")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Tiny:
+    return _tiny("llama")
+
+
+@pytest.fixture(params=["opt", "llama"])
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    """Each of both architectures in turn."""
+    return request.getfixturevalue(f"tiny_{request.param}")

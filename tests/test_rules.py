@@ -1,0 +1,267 @@
+"""The ten rules of the design, each with a test that fails when the rule is broken.
+
+Rules 5 (train and serve see the same feature) and 7 (speed and quality on the same artifact) also
+have tests of their parts in tests/calibration and tests/evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import fx
+
+from shadowc.config import Policy
+from shadowc.errors import KernelError
+from shadowc.evaluation.masks import mask_source, teacher_forced, with_given_masks
+from shadowc.evaluation.numerics import masks_of
+from shadowc.runtime.usage import Usage
+
+HALF = Policy(0.4, 0.5, min_neurons=2)
+PROMPT = 4
+
+
+def decode(session, ids, prompt=PROMPT):
+    """Token-by-token logits [B, T - prompt, V] and the keep sets of each step."""
+    cache = session.new_cache(ids.shape[0], ids.shape[1])
+    session.step(ids[:, :prompt], cache)
+    logits, keeps, results = [], [], []
+    for token in range(prompt, ids.shape[1]):
+        result = session.step(ids[:, token : token + 1], cache)
+        results.append(result)
+        logits.append(result["logits"][:, 0])
+        keeps.append(dict(cache.keep))
+    return torch.stack(logits, 1), keeps, results, cache
+
+
+def given(session, ids, heads, neurons):
+    """Logits of the masked program with masks of one's own."""
+    program = with_given_masks(session.programs["masked"])
+    return teacher_forced(
+        session.with_program("given_masks", program), ids, masks=(heads, neurons)
+    )["logits"]
+
+
+def ones(shape, ids):
+    size = (*ids.shape, shape.layers)
+    return (
+        torch.ones(*size, shape.heads, dtype=torch.bool),
+        torch.ones(*size, shape.ffn, dtype=torch.bool),
+    )
+
+
+def test_rule_1_a_zero_neuron_mask_leaves_the_bias(tiny_opt):
+    session, ids = tiny_opt.session(HALF), tiny_opt.ids()
+    heads, neurons = ones(tiny_opt.shape, ids)
+    neurons[:] = False
+    model = tiny_opt.loaded.model
+    hooks = [
+        layer.fc2.register_forward_hook(lambda m, x, y: m.bias.expand_as(y))
+        for layer in model.model.decoder.layers
+    ]
+    expected = model(ids).logits
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(given(session, ids, heads, neurons), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rule_1_a_zero_head_mask_is_a_zeroed_context_slice(tiny):
+    session, ids = tiny.session(HALF), tiny.ids()
+    heads, neurons = ones(tiny.shape, ids)
+    heads[:, :, 1, 2] = False
+    d = tiny.shape.head_dim
+
+    def zero(module, inputs):
+        context = inputs[0].clone()
+        context[..., 2 * d : 3 * d] = 0
+        return (context,)
+
+    base = tiny.loaded.model.model
+    attention = getattr(base, "decoder", base).layers[1].self_attn
+    projection = getattr(attention, "out_proj", None) or attention.o_proj
+    hook = projection.register_forward_pre_hook(zero)
+    expected = tiny.loaded.model(ids).logits
+    hook.remove()
+    torch.testing.assert_close(given(session, ids, heads, neurons), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("refresh", [1, 3, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rules_1_and_2_decoding_equals_teacher_forcing(tiny, refresh, dtype):
+    """Same tokens, same masks: lowered == masked, token by token, for every refresh mode."""
+    policy = dataclasses.replace(HALF, refresh=refresh)
+    session, ids = tiny.session(policy, dtype=dtype), tiny.ids(batch=1)
+    logits, keeps, _, _ = decode(session, ids)
+    taught = teacher_forced(session, ids, prompt=PROMPT)
+    heads, neurons = masks_of(keeps, tiny.shape, PROMPT)
+    assert torch.equal(heads, taught["head_mask"])
+    assert torch.equal(neurons, taught["neuron_mask"])
+    torch.testing.assert_close(logits, taught["logits"][:, PROMPT:], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("refresh", [1, 3, 0])
+def test_rule_2_a_later_token_changes_no_earlier_mask(tiny, refresh):
+    session = tiny.session(dataclasses.replace(HALF, refresh=refresh))
+    ids = tiny.ids()
+    changed = ids.clone()
+    changed[:, 8:] = tiny.ids(seed=9)[:, 8:]
+    before = teacher_forced(session, ids, prompt=PROMPT)
+    after = teacher_forced(session, changed, prompt=PROMPT)
+    for name in ("head_mask", "neuron_mask", "logits"):
+        assert torch.equal(before[name][:, :8], after[name][:, :8]), name
+    assert not torch.equal(before["logits"][:, 8:], after["logits"][:, 8:])
+    assert (mask_source(12, prompt=PROMPT, refresh=refresh) <= torch.arange(12)).all()
+
+
+def test_rule_3_keys_and_values_are_written_for_every_head(tiny):
+    session, ids = tiny.session(HALF), tiny.ids()
+    _, keeps, _, cache = decode(session, ids)
+    assert any((k["head_count"] < tiny.shape.heads).any() for k in keeps)
+    for tensor in cache.tensors:
+        assert (tensor[:, :, : ids.shape[1]].abs().sum(-1) > 0).all()
+
+
+def test_rule_4_layer_0_is_dense_and_no_layer_is_emptied(tiny):
+    """Scores that would empty a layer meet the stated minimum."""
+    calibration = tiny.calibration
+    weights = {k: v.clone() for k, v in calibration.weights.items()}
+    weights["heads_bias"][: tiny.shape.heads] = -1e6  # layer 1's heads come last in any ranking
+    weights["neurons_bias"][: tiny.shape.ffn] = -1e6  # and layer 0's neurons
+    starved = dataclasses.replace(calibration, weights=weights)
+    session = tiny.session(HALF, calibration=starved)
+    result = teacher_forced(session, tiny.ids())
+    heads, neurons = result["head_mask"][:, 1:], result["neuron_mask"][:, 1:]
+    assert heads[:, :, 0].all()
+    assert (heads[:, :, 1].sum(-1) == HALF.min_heads).all()
+    assert (neurons[:, :, 0].sum(-1) == HALF.min_neurons).all()
+
+
+def test_rule_5_the_artifact_computes_the_calibrated_scores(tiny):
+    """The masks of the artifact are those of the predictor on the feature that calibration sees."""
+    session, ids = tiny.session(HALF), tiny.ids()
+    seen = {}
+    base = tiny.loaded.model.model
+    layer = getattr(base, "decoder", base).layers[0]
+    norm = getattr(layer, "final_layer_norm", None) or layer.post_attention_layernorm
+    hook = norm.register_forward_pre_hook(lambda m, x: seen.update(feature=x[0]))
+    tiny.loaded.model(ids)
+    hook.remove()
+    feature = seen["feature"].reshape(*ids.shape, -1)
+    heads, neurons = tiny.calibration.build_predictor()(feature)
+    from shadowc.kernels.select import select_reference
+
+    policy, shape = session.policy, tiny.shape
+    result = teacher_forced(session, ids)
+    # Token 0 is the prompt; token 1's feature still comes from dense layers only.
+    expected = select_reference(heads, policy.heads_kept(shape), policy.min_heads, False)
+    assert torch.equal(result["head_mask"][:, 1, 1:], expected[:, 1])
+    expected = select_reference(neurons, policy.neurons_kept(shape), policy.min_neurons, False)
+    assert torch.equal(result["neuron_mask"][:, 1], expected[:, 1])
+
+
+def test_rule_6_reported_sparsity_is_what_ran(tiny):
+    session, ids = tiny.session(HALF), tiny.ids(batch=1)
+    _, keeps, results, _ = decode(session, ids)
+    usage = Usage.of(session)
+    for result in results:
+        usage.add(result)
+    heads, neurons = (m[0, PROMPT:].float() for m in masks_of(keeps, tiny.shape, PROMPT))
+    assert usage.head_sparsity == pytest.approx(1 - heads.mean().item())
+    assert usage.neuron_sparsity == pytest.approx(1 - neurons.mean().item())
+    assert usage.to_json()["heads_by_layer"] == pytest.approx(
+        heads.sum(-1).mean(0).tolist(), abs=0.01
+    )
+    shape, rows = tiny.shape, sum(int(r[f"rows_{i}"]) for r in results for i in range(3))
+    n, d, c = len(results), shape.head_dim, shape.hidden
+    elements = (
+        heads.sum() * 2 * d * c
+        + n * 3 * 2 * shape.kv_heads * d * c
+        + neurons.sum() * c * (2 if shape.gated else 1)
+        + rows * c
+    )
+    assert usage.layer_bytes == pytest.approx(float(elements) * 4 / n)
+    predictor = sum(
+        session.tensors[name].nbytes
+        for name in session.programs["decode"].weights
+        if name.startswith("predictor.")
+    )
+    assert usage.predictor_bytes == predictor > 0
+
+
+def test_rule_7_quality_and_speed_run_the_same_masks(tiny):
+    """What evaluation runs (masked) and what a benchmark times (decode) select the same units, and
+    the dense baseline is a program of the same artifact over the same weights."""
+    session, ids = tiny.session(HALF), tiny.ids(batch=1)
+    _, keeps, _, _ = decode(session, ids)
+    heads, neurons = masks_of(keeps, tiny.shape, PROMPT)
+    taught = teacher_forced(session, ids, prompt=PROMPT)
+    assert torch.equal(heads, taught["head_mask"]) and torch.equal(neurons, taught["neuron_mask"])
+    weights = {n for n in session.programs["decode"].weights if not n.startswith("predictor")}
+    assert weights == set(session.programs["dense"].weights)
+
+
+_SYNCS = (
+    "item",
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "is_nonzero",
+    "equal",
+)
+
+
+def test_rule_8_a_decode_step_has_no_host_synchronisation(tiny):
+    session = tiny.session(HALF)
+    for name in ("decode", "dense"):
+        targets = {str(n.target) for n in session.programs[name].graph.nodes}
+        assert not [t for t in targets if any(f".{sync}." in t for sync in _SYNCS)], name
+        assert not [t for t in targets if "sym_size" in t and name == "decode" and "mask" in t]
+
+
+def test_rule_8_zero_kept_heads_are_legal(tiny):
+    """A ragged budget may leave a layer without any head; lowered and masked still agree."""
+    policy = Policy(0.5, 0.5, min_heads=0, min_neurons=0)
+    weights = {k: v.clone() for k, v in tiny.calibration.weights.items()}
+    weights["heads_bias"][: tiny.shape.heads] = -1e6
+    starved = dataclasses.replace(tiny.calibration, weights=weights)
+    session, ids = tiny.session(policy, calibration=starved), tiny.ids(batch=1)
+    logits, keeps, _, _ = decode(session, ids)
+    assert all(int(k["head_count"][0, 0]) == 0 for k in keeps)
+    taught = teacher_forced(session, ids, prompt=PROMPT)["logits"][:, PROMPT:]
+    torch.testing.assert_close(logits, taught, atol=1e-3, rtol=1e-3)
+
+
+def test_rule_9_nothing_falls_back(tiny_opt, monkeypatch):
+    """Without the native library a step raises; a program that is missing is not replaced."""
+    from shadowc import native
+
+    session = tiny_opt.session(HALF)
+    session.programs = {k: v for k, v in session.programs.items() if k != "decode"}
+    cache = session.new_cache(1)
+    session.step(tiny_opt.ids(1), cache)
+    with pytest.raises(Exception, match="decode"):
+        session.step(tiny_opt.ids(1, 1), cache)
+    monkeypatch.setenv("SHADOWC_ISA", "vliw")
+    native.library.cache_clear()
+    try:
+        with pytest.raises(KernelError):
+            native.library()
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+
+
+def test_rule_10_same_inputs_same_artifact(tiny, tmp_path):
+    from shadowc.compiler import compile_model
+
+    hashes = []
+    for run in ("a", "b"):
+        artifact = compile_model(
+            tiny.loaded, tiny.calibration, HALF, tmp_path / run, max_seq_len=64
+        )
+        files = artifact.manifest["files"]
+        hashes.append({k: v["sha256"] for k, v in files.items() if k != "report.json"})
+    assert hashes[0] == hashes[1]
+    assert isinstance(tiny.traced, fx.GraphModule)
