@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from shadowc import config
@@ -33,7 +32,8 @@ CALIBRATIONS, ARTIFACTS = Path("calibrations"), Path("artifacts")
 REFRESH = {"prompt": 0, "token": 1}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True)
+out = Console(soft_wrap=True, highlight=False, markup=False)
+err = Console(soft_wrap=True, highlight=False, markup=False, stderr=True)
 app = typer.Typer(
     help="Compile OPT and Llama checkpoints to run with contextual sparsity.",
     no_args_is_help=True,
@@ -436,7 +436,7 @@ def _show_bench(result: Result) -> None:
             table.add_row(name, f"{result[key]:.2f}", f"{result[key] / dense:.2f}x")
     out.print(table)
     for name, reason in result["left_out"].items():
-        out.print(f"{name} was left out: {escape(reason)}")
+        out.print(f"{name} was left out: {reason}")
     if result["random_weights"]:
         out.print("random weights: the speed means something, the text does not")
     out.print(
@@ -501,7 +501,7 @@ def bench(
 def _show_inspect(result: Result) -> None:
     for key, value in result.items():
         if not isinstance(value, dict | list):
-            out.print(f"{key}: {value}", highlight=False)
+            out.print(f"{key}: {value}")
     if "layers" not in result:
         return
     table = _table("layer", "heads", "neurons", "rows of the second projection")
@@ -543,18 +543,16 @@ def _show_names(result: Result) -> None:
 @command("targets", _show_names, "shadowc targets")
 def targets(as_json: AsJson = False, debug: Debug = False) -> Result:
     """List what can be compiled for."""
-    with _busy("looking"):
-        from shadowc.targets import TARGETS, load_target
+    from shadowc.targets import TARGETS, load_target
 
-        names = [{"target": name, "what": load_target(name).DESCRIPTION} for name in TARGETS]
-    return {"targets": names}
+    known = {name: load_target(name).DESCRIPTION for name in TARGETS}
+    return {"targets": [{"target": name, "what": what} for name, what in known.items()]}
 
 
 @command("criteria", _show_names, "shadowc criteria")
 def criteria(as_json: AsJson = False, debug: Debug = False) -> Result:
     """List what can rank the units."""
-    with _busy("looking"):
-        from shadowc.calibration.criteria import CRITERIA
+    from shadowc.calibration.criteria import CRITERIA
 
     known = CRITERIA.values()
     return {
