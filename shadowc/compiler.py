@@ -165,7 +165,7 @@ def build_programs(
     def dialect(passes: tuple[Pass, ...], name: str) -> fx.GraphModule:
         return run_passes(copy_module(traced), passes, dump=dump / name if dump else None)
 
-    dialects = backend.Dialects(
+    dialects = targets.Dialects(
         plain=partial(dialect, found, "plain"),
         scored=partial(dialect, scored, "scored"),
         masked=partial(dialect, masked, "masked"),

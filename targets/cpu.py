@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from shadowc import native
 from shadowc.config import Policy
@@ -21,24 +19,10 @@ from shadowc.passes.lower_linear import lower_linear
 from shadowc.passes.manager import Pass, run_passes
 from shadowc.passes.pack_weights import Packed, pack_weights
 from shadowc.runtime.program import Program, to_program
+from shadowc.targets import Dialects
 
 NAME = "cpu"
 DESCRIPTION = "any x86-64 or aarch64 CPU: native kernels, weights in fp32, bf16 or fp16"
-
-
-@dataclass(frozen=True)
-class Dialects:
-    """The graph in the forms that a target lowers; each call gives a fresh copy.
-
-    Attributes:
-        plain: Blocks found, nothing masked.
-        scored: Blocks, scores and masks that nothing uses yet.
-        masked: Blocks, scores, and masks applied.
-    """
-
-    plain: Callable[[], fx.GraphModule]
-    scored: Callable[[], fx.GraphModule]
-    masked: Callable[[], fx.GraphModule]
 
 
 def requires() -> None:
@@ -101,9 +85,3 @@ def lower(
     masked = dialects.masked() if sparse else dialects.plain()
     add("masked", masked, (partial(pack_weights, dtype=dtype, packed=packed),))
     return programs, packed
-
-
-def load(program: Program, tensors: dict[str, Tensor]) -> Callable[..., tuple[object, ...]]:
-    """Bind a program to its tensors on this machine."""
-    requires()
-    return program.bind(tensors)

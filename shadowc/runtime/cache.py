@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,10 @@ class KVCache:
 
     def __init__(self, shape: ModelShape, batch: int, capacity: int) -> None:
         size = (batch, shape.kv_heads, capacity, shape.head_dim)
-        self.tensors = [torch.zeros(size) for _ in range(2 * shape.layers)]
+        # numpy's zeros are pages that take no memory before they are written; torch's are written.
+        self.tensors = [
+            torch.from_numpy(np.zeros(size, np.float32)) for _ in range(2 * shape.layers)
+        ]
         self.batch, self.capacity = batch, capacity
         self.length, self.steps = 0, 0
         self.start = torch.zeros(batch, dtype=torch.int64)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from shadowc.artifact import Artifact, open_artifact
 from shadowc.config import ModelShape, Policy
 from shadowc.errors import ArtifactError
-from shadowc.runtime.model import ShadowModel
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
 from shadowc.targets import load_target
+
+if TYPE_CHECKING:
+    from shadowc.runtime.model import ShadowModel
 
 _KEEP = "keep."
 
@@ -31,6 +33,10 @@ def load(path: str | Path) -> ShadowModel:
         ArtifactError: If the artifact is missing, damaged or of another version; names the file.
         KernelError: If this machine cannot run its target.
     """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    from shadowc.runtime.model import ShadowModel
+
     artifact = open_artifact(path)
     session = load_session(artifact)
     try:
