@@ -56,6 +56,9 @@ class Criterion:
         source: Where it is from.
         score: Units -> fp32 [B, T, U], not negative.
         factor: Moments -> fp32 [U], multiplied onto the scores once the pass is over.
+        balance: How far layers are brought to one scale before they are ranked together: scores
+            are divided by (mean score of their layer)^balance. 0: not at all; 1: equal means.
+            Measured: the more a score says of the loss itself, the less it needs.
         per_token: Whether a token's score means something; else the criterion gives static
             pruning only.
     """
@@ -65,6 +68,7 @@ class Criterion:
     source: str
     score: Callable[[Units], Tensor]
     factor: Callable[[Moments], Tensor] | None = None
+    balance: float = 0.0
     per_token: bool = True
 
 
@@ -107,9 +111,14 @@ CRITERIA = {
             "sum_t abs( sum_d g*a )",
             "first-order effect of removing the unit (Molchanov 2016, Michel 2019)",
             plainact,
+            balance=0.25,
         ),
         Criterion(
-            "l2norm", "sqrt( sum_t sum_d a^2 )", "magnitude, what DejaVu learns (Liu 2023)", l2norm
+            "l2norm",
+            "sqrt( sum_t sum_d a^2 )",
+            "magnitude, what DejaVu learns (Liu 2023)",
+            l2norm,
+            balance=0.75,
         ),
         Criterion(
             "sens",
@@ -117,6 +126,7 @@ CRITERIA = {
             "magnitude with a stable gradient, the expectation over calibration",
             l2norm,
             factor=gradient_rms,
+            balance=0.5,
         ),
         Criterion("random", "uniform in [0, 1), seeded", "control", random),
     )
