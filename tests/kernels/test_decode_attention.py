@@ -22,7 +22,7 @@ def tensors(batch, tokens, heads, groups, width, slots, rotary=True):
 
 @pytest.mark.parametrize("share", ["None", "zero", "one", "half", "all"])
 @pytest.mark.parametrize("batch, heads, groups, width", SHAPES)
-@pytest.mark.parametrize("position", [0, 1, 16, 126, 700])
+@pytest.mark.parametrize("position", [0, 17, 300])
 def test_decode_attention(each_isa, agree, keep_set, share, batch, heads, groups, width, position):
     """Slots before the start and after the position are NaN."""
     slots = position + 3
