@@ -12,7 +12,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,7 @@ class Case:
     op: str
     kept: str
     gigabytes: float
-    calls: list[Callable[[], Any]]
+    calls: Sequence[Callable[[], Any]]
 
     def seconds(self) -> float:
         """Time of the fastest call in one round over the copies."""
