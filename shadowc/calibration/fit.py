@@ -8,11 +8,11 @@ it are sums, never scores (P features, U units, of a criterion's score S):
 The `static` score of a unit is its mean S. The `shadow` predictor regresses sqrt(S): importance per
 token is heavy-tailed, and the square root, which leaves any token's ranking as it is, keeps a few
 large values from deciding the fit (opt-books-15m, plainact, 50% of both units, global scope:
-perplexity 43.9 instead of 45.4 on held-out text of the same kind, 55 instead of 172 on other text).
+perplexity 43.9 instead of 45.4 on held-out text of the same kind, 55 and 172 on other text).
 Layers are brought part of the way to one scale before they are ranked together
-(`Criterion.balance`): without it sens starves the late layers, whose gradients are small (smollm2-135m
-at 50%: 72 with it, 80 without); all the way, it feeds layers that matter little (opt-books-15m,
-plainact: 79 instead of 43).
+(`Criterion.balance`): without it sens starves the late layers, whose gradients are small
+(smollm2-135m at 50%: 72 with it, 80 without); all the way, it feeds layers that matter little
+(opt-books-15m, plainact: 79 instead of 43).
 
     ridge:   W = (G + lambda I)^-1 X,  G, X centred,  lambda = ridge * P / tokens * mean diag G
     rank R:  the encoder spans the R directions of phi that carry most of phi W in the norm of
@@ -355,6 +355,7 @@ def _agreement(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
 def _centred_ranks(scores: Tensor) -> Tensor:
     """Ranks within each row, ties averaged, minus their mean: fp64 [N, U]."""
     ordered = scores.sort(dim=1).values
+    scores = scores.contiguous()
     below = torch.searchsorted(ordered, scores)
     up_to = torch.searchsorted(ordered, scores, right=True)
     return (below + up_to).double() / 2 - scores.shape[1] / 2

@@ -1,0 +1,152 @@
+import pytest
+import torch
+
+from shadowc.calibration.collect import Collector
+from shadowc.calibration.criteria import CRITERIA, Units
+from shadowc.calibration.data import Example
+from shadowc.models import LoadedModel, load_model
+
+
+def example(tiny, tokens: int, seed: int = 0, scored=None) -> Example:
+    ids = tiny.ids(1, tokens, seed)[0].tolist()
+    return Example(ids, [True] * tokens if scored is None else scored)
+
+
+def losses(model, ids, module=None, change=None):
+    """Next-token losses [B, T-1], with `change` applied to a module's input."""
+
+    def hook(_, args):
+        return (change(args[0].clone()),)
+
+    handle = module.register_forward_pre_hook(hook) if module is not None else None
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].double()
+    finally:
+        if handle is not None:
+            handle.remove()
+    return torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
+
+
+def spearman(x, y):
+    x, y = (v.argsort().argsort().double() for v in (x, y))
+    return float(torch.corrcoef(torch.stack((x, y)))[0, 1])
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+def test_gradients_are_directional_derivatives(tiny, kind):
+    """A small step along a unit's own activation at one token changes the loss by g . a."""
+    one, t, layer, eps = example(tiny, 10), 4, 1, 1e-2
+    collector = Collector(tiny.loaded.model, tiny.shape, "residual")
+    batch = collector.run([one])
+    a, g = getattr(batch, kind)[layer]
+    expected = (a * g).sum(dim=-1)[0, t]
+    module = getattr(collector, kind)[layer]
+    ids = torch.tensor([one.ids])
+    for unit in (0, 3):
+        width = module.in_features // expected.numel()
+        span = slice(unit * width, (unit + 1) * width)
+
+        ends = []
+        for factor in (1 + eps, 1 - eps):
+
+            def change(x, span=span, factor=factor):
+                x.view(-1, x.shape[-1])[t, span] *= factor
+                return x
+
+            ends.append(losses(tiny.loaded.model, ids, module, change).mean())
+        measured = (ends[0] - ends[1]) / (2 * eps)
+        assert measured == pytest.approx(float(expected[unit]), rel=2e-2, abs=1e-6)
+
+
+def test_plainact_ranks_like_knocking_a_unit_out():
+    """|loss without the unit - loss| at one token, for all heads of a real model's layers."""
+    loaded = load_model("opt-books-15m")
+    ids = loaded.tokenizer.encode("It was a dark night, and the sea had been rough for two days.")
+    collector = Collector(loaded.model, loaded.shape, "residual")
+    batch = collector.run([Example(ids, [True] * len(ids))])
+    inputs, t = torch.tensor([ids]).expand(loaded.shape.heads, -1), len(ids) - 2
+    base = losses(loaded.model, inputs[:1]).mean()
+    true, scored = [], []
+    for layer, (a, g) in enumerate(batch.heads):
+        units = Units("heads", layer, a, g, torch.Generator())
+        scored.append(CRITERIA["plainact"].score(units)[0, t])
+
+        def knock_out(x):  # head h of row h
+            for head, row in enumerate(x):
+                row[t, head * loaded.shape.head_dim : (head + 1) * loaded.shape.head_dim] = 0
+            return x
+
+        changed = losses(loaded.model, inputs, collector.heads[layer], knock_out).mean(dim=1)
+        true.append((changed - base).abs())
+    assert spearman(torch.cat(scored), torch.cat(true)) > 0.7
+
+
+def test_positions_that_count(tiny):
+    """Not the first (prompt), not the last (no gradient), not padding; the rest."""
+    collector = Collector(tiny.loaded.model, tiny.shape, "residual")
+    batch = collector.run([example(tiny, 9), example(tiny, 6)])
+    assert batch.counts[0].nonzero().flatten().tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert batch.counts[1].nonzero().flatten().tolist() == [1, 2, 3, 4]
+    for _, g in (*batch.heads, *batch.neurons):
+        assert not g[0, 8:].any() and not g[1, 5:].any()
+        assert g[0, 7].any() and g[1, 4].any()
+
+
+def test_tokens_before_a_masked_loss_get_gradient_from_later_ones(tiny):
+    scored = [False] * 8 + [True]
+    batch = Collector(tiny.loaded.model, tiny.shape, "residual").run(
+        [example(tiny, 9, scored=scored)]
+    )
+    assert batch.counts[0].nonzero().flatten().tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert batch.neurons[0][1][0, 3].any()  # through the attention of later layers
+    assert not batch.neurons[-1][1][0, 3].any() and batch.neurons[-1][1][0, 7].any()
+
+
+def test_a_batch_with_padding_equals_its_examples_alone(tiny):
+    collector = Collector(tiny.loaded.model, tiny.shape, "residual")
+    short, long = example(tiny, 6, 1), example(tiny, 11, 2)
+    together = collector.run([short, long])
+    for row, one in enumerate((short, long)):
+        alone, n = collector.run([one]), len(one.ids)
+        torch.testing.assert_close(together.feature[row, :n], alone.feature[0])
+        for kind in ("heads", "neurons"):
+            for pair, single in zip(getattr(together, kind), getattr(alone, kind), strict=True):
+                for x, y in zip(pair, single, strict=True):
+                    assert (x[row, :n] - y[0]).norm() <= 1e-4 * y[0].norm()
+
+
+@pytest.mark.parametrize("feature", ["residual", "context"])
+def test_features_alone_are_the_features_of_the_pass(tiny, feature):
+    collector = Collector(tiny.loaded.model, tiny.shape, feature)
+    examples = [example(tiny, 7), example(tiny, 5)]
+    alone, counts = collector.features(examples)
+    batch = collector.run(examples)
+    torch.testing.assert_close(alone, batch.feature, rtol=0, atol=0)
+    assert torch.equal(counts, batch.counts)
+    a = batch.heads[0][0].flatten(2)
+    assert torch.equal(batch.feature, a) == (feature == "context")
+
+
+def test_the_model_is_left_as_it_was(tiny):
+    model = tiny.loaded.model
+    Collector(model, tiny.shape, "residual").run([example(tiny, 6)])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.1), (torch.bfloat16, 0.2)])
+def test_half_precision_gradients(dtype, tolerance):
+    full, half = (load_model("opt-books-15m", dtype=d) for d in (torch.float32, dtype))
+
+    def heads(loaded: LoadedModel):
+        ids = loaded.tokenizer.encode("The old man looked at the sea and said nothing at all.")
+        batch = Collector(loaded.model, loaded.shape, "residual").run(
+            [Example(ids, [True] * len(ids))]
+        )
+        assert batch.heads[0][1].dtype == torch.float32
+        return torch.cat([g.flatten() for _, g in batch.heads])
+
+    x, y = heads(full), heads(half)
+    assert (x - y).norm() / x.norm() < tolerance
+    assert (x != 0).sum() == (y != 0).sum()  # nothing underflows: the loss is scaled

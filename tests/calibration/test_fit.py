@@ -1,0 +1,258 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from shadowc.calibration import fit as fit_module
+from shadowc.calibration.collect import Collector
+from shadowc.calibration.criteria import CRITERIA, Units
+from shadowc.calibration.data import Example
+from shadowc.calibration.fit import FitOptions, calibrate
+from shadowc.calibration.store import JSON_FILE, TENSOR_FILE, save_calibration
+from shadowc.config import Policy
+from shadowc.errors import DataError, OptionError
+from shadowc.evaluation.masks import teacher_forced
+from shadowc.kernels.select import select_reference
+from shadowc.models import load_model
+
+QUICK = FitOptions(criteria=("sens",), rank=8, random_features=16, batch_tokens=64)
+
+
+def examples(tiny, count: int = 9, tokens: int = 16) -> list[Example]:
+    rows = tiny.ids(count, tokens).tolist()
+    return [Example(ids, [True] * tokens) for ids in rows]
+
+
+def all_scores(tiny, criterion, data, feature="residual"):
+    """Everything at once: feature [N, C], a and g based scores {kind: [N, L, U]}, g^2."""
+    collector = Collector(tiny.loaded.model, tiny.shape, feature)
+    batch = collector.run(data)
+    generator = torch.Generator().manual_seed(0)
+    scores, squares = {}, {}
+    for kind in ("heads", "neurons"):
+        values = getattr(batch, kind)
+        scores[kind] = torch.stack(
+            [
+                CRITERIA[criterion].score(Units(kind, i, a, g, generator))[batch.counts]
+                for i, (a, g) in enumerate(values)
+            ],
+            dim=1,
+        ).double()
+        squares[kind] = torch.stack(
+            [g[batch.counts].double().square().sum(-1).mean(0) for _, g in values]
+        )
+    return batch.feature[batch.counts].double(), scores, squares
+
+
+def ranking_units(criterion, scores, squares):
+    """Per-token scores as units are ranked by them."""
+    ranked = {}
+    for kind, values in scores.items():
+        if CRITERIA[criterion].factor is not None:
+            values = values * squares[kind].sqrt()
+        scale = values.mean(dim=(0, 2), keepdim=True) ** -CRITERIA[criterion].balance
+        ranked[kind] = values * scale
+    return ranked
+
+
+@pytest.mark.parametrize("criterion", ["plainact", "sens"])
+def test_static_scores_are_means(tiny, criterion):
+    data = examples(tiny)
+    options = dataclasses.replace(QUICK, criteria=(criterion,), predictor="static")
+    (found,) = calibrate(tiny.loaded, data, options)
+    assert found.build_predictor() is None and found.rank == 0 and not found.weights
+    _, scores, squares = all_scores(tiny, criterion, data[:7] + data[8:])
+    ranked = ranking_units(criterion, scores, squares)
+    for got, kind in ((found.mean_head_scores, "heads"), (found.mean_neuron_scores, "neurons")):
+        torch.testing.assert_close(got.double(), ranked[kind].mean(0), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("feature", ["residual", "context"])
+def test_the_predictor_is_the_ridge_regression(tiny, feature):
+    """At full rank: the same as solving from stored scores in fp64."""
+    data = examples(tiny)
+    options = dataclasses.replace(QUICK, rank=1000, feature=feature)
+    (found,) = calibrate(tiny.loaded, data, options)
+    predictor = found.build_predictor()
+    x, scores, squares = all_scores(tiny, "sens", data[:7] + data[8:], feature)
+    ranked = ranking_units("sens", scores, squares)
+    targets = torch.cat((ranked["heads"][:, 1:].flatten(1), ranked["neurons"].flatten(1)), dim=1)
+    targets = targets.sqrt()
+    torch.testing.assert_close(predictor.feature_mean.double(), x.mean(0), rtol=1e-4, atol=1e-5)
+    phi = predictor.expand(x.float()).double()
+    n, p = phi.shape
+    assert p == found.rank == x.shape[1] + options.random_features
+    centred = phi - phi.mean(0)
+    gram = centred.T @ centred / n
+    ridge = options.ridge * p / n * gram.diagonal().mean() * torch.eye(p)
+    weight = torch.linalg.solve(gram + ridge, centred.T @ targets / n)
+    expected = centred @ weight + targets.mean(0)
+    got = torch.cat([part[0].flatten(1) for part in predictor(x.float()[None])], dim=1)
+    spread = expected.std()
+    assert (got.double() - expected).abs().max() < 0.02 * spread
+
+
+def test_rank_buys_fit_and_is_bounded(tiny):
+    data = examples(tiny)
+    x, scores, squares = all_scores(tiny, "sens", data[:7] + data[8:])
+    target = ranking_units("sens", scores, squares)["neurons"].sqrt()
+    errors = []
+    for rank in (1, 4, 16, 64):
+        (found,) = calibrate(tiny.loaded, data, dataclasses.replace(QUICK, rank=rank))
+        predicted = found.build_predictor()(x.float()[None])[1][0]
+        errors.append(float((predicted - target).square().mean()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.9 * errors[0]
+
+
+def test_one_pass_serves_several_criteria(tiny, monkeypatch):
+    runs = []
+    run = Collector.run
+    monkeypatch.setattr(Collector, "run", lambda self, group: runs.append(1) or run(self, group))
+    options = dataclasses.replace(QUICK, criteria=("plainact", "random", "sens"))
+    together = calibrate(tiny.loaded, examples(tiny), options)
+    passes = len(runs)
+    assert [found.criterion for found in together] == ["plainact", "random", "sens"]
+    for found in together:
+        only = dataclasses.replace(QUICK, criteria=(found.criterion,))
+        runs.clear()
+        (alone,) = calibrate(tiny.loaded, examples(tiny), only)
+        assert len(runs) == passes
+        for name, value in alone.tensors().items():
+            assert torch.equal(found.tensors()[name], value)
+
+
+def test_held_out_examples_are_held_out(tiny):
+    data = examples(tiny)
+    (first,) = calibrate(tiny.loaded, data, QUICK)
+    data[7] = Example(data[7].ids[::-1], data[7].scored)
+    (second,) = calibrate(tiny.loaded, data, QUICK)
+    for name, value in first.tensors().items():
+        assert torch.equal(second.tensors()[name], value)
+    assert first.metrics["spearman_neurons"] != second.metrics["spearman_neurons"]
+
+
+def test_metrics_of_a_perfect_and_of_an_unrelated_prediction():
+    torch.manual_seed(0)
+    true = torch.rand(20, 2000)
+    true[:, 500:] = 0  # ties; zeros are nobody's best
+    perfect = fit_module._agreement(true * 3 + 1, true)
+    unrelated = fit_module._agreement(torch.rand(20, 2000), true)
+    assert torch.allclose(perfect["spearman"], torch.ones(20, dtype=torch.float64))
+    assert (perfect["recall_70"] == 1).all()
+    assert unrelated["spearman"].abs().mean() < 0.05
+    assert unrelated["recall_70"].mean() == pytest.approx(0.3, abs=0.03)
+    assert unrelated["recall_30"].mean() == pytest.approx(0.7, abs=0.03)
+
+
+def test_spearman_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    torch.manual_seed(0)
+    x, y = torch.randint(0, 9, (2, 3, 40)).float()
+    found = fit_module._agreement(x, y)["spearman"]
+    expected = [stats.spearmanr(a.numpy(), b.numpy()).statistic for a, b in zip(x, y, strict=True)]
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_zero_rate_counts_exact_zeros(tiny):
+    data = examples(tiny)
+    (found,) = calibrate(tiny.loaded, data, QUICK)
+    batch = Collector(tiny.loaded.model, tiny.shape, "residual").run(data[:7] + data[8:])
+    zeros = [(a[batch.counts] == 0).float().mean((0, 2)) for a, _ in batch.neurons]
+    torch.testing.assert_close(found.zero_rate, torch.stack(zeros))
+    assert (found.zero_rate.mean() > 0.3) == (tiny.shape.activation == "relu")
+
+
+def test_rule_5_train_and_serve_see_the_same_feature(tiny):
+    """An artifact of a fitted calibration masks by the fit's own predictions."""
+    model = tiny.loaded.model
+    (found,) = calibrate(tiny.loaded, examples(tiny), QUICK)
+    policy = Policy(0.5, 0.5, min_neurons=2)
+    ids = tiny.ids(2, 8, seed=5)
+    data = [Example(row, [True] * len(row)) for row in ids.tolist()]
+    feature = Collector(model, tiny.shape, "residual").run(data).feature
+    heads, neurons = found.build_predictor()(feature)
+    result = teacher_forced(tiny.session(policy, calibration=found), ids)
+    for name, scores, first, (keep, floor) in (
+        ("head_mask", heads, 1, (policy.heads_kept(tiny.shape), policy.min_heads)),
+        ("neuron_mask", neurons, 0, (policy.neurons_kept(tiny.shape), policy.min_neurons)),
+    ):
+        expected = select_reference(scores, keep, floor, False)
+        # The feature comes before every mask, so it is the same at all positions.
+        assert torch.equal(result[name][:, 1:, first:], expected[:, 1:])
+
+
+def test_rule_10_same_inputs_and_seed_same_bytes(tiny, tmp_path):
+    def made(name, **changes):
+        options = dataclasses.replace(QUICK, **changes)
+        (found,) = calibrate(tiny.loaded, examples(tiny), options)
+        path = save_calibration(found, tmp_path / name)
+        header = json.loads((path / JSON_FILE).read_text())
+        header["metrics"].pop("seconds")
+        return header, (path / TENSOR_FILE).read_bytes()
+
+    assert made("a") == made("b")
+    assert made("a")[1] != made("c", seed=1)[1]
+
+
+def test_an_interrupt_goes_through_and_leaves_no_hook(tiny, monkeypatch):
+    model = tiny.loaded.model
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.lm_head, "forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny.loaded, examples(tiny), QUICK)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_progress_is_on_stderr_and_only_when_asked(tiny, capsys):
+    options = dataclasses.replace(QUICK, predictor="static")
+    calibrate(tiny.loaded, examples(tiny), options)
+    assert capsys.readouterr() == ("", "")
+    calibrate(tiny.loaded, examples(tiny), options, progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "144/144" in err and "loss" in err
+
+
+def test_too_few_examples(tiny):
+    one = examples(tiny, 1)
+    nothing_scored = Example(one[0].ids, [False] * 16)
+    for data in ([], one, [*one, nothing_scored], [*one, Example([5, 6], [True, True])]):
+        with pytest.raises(DataError, match="too few examples"):
+            calibrate(tiny.loaded, data, QUICK)
+    (found,) = calibrate(tiny.loaded, examples(tiny, 2), QUICK)  # one to fit, one to measure
+    assert found.tokens == 14
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"criteria": ("magnitude",)}, "plainact, l2norm, sens, random"),
+        ({"predictor": "oracle"}, "shadow, static"),
+        ({"feature": "embedding"}, "residual, context"),
+        ({"rank": 0}, "rank"),
+        ({"batch_tokens": 0}, "batch_tokens"),
+        ({"random_features": -1}, "random_features"),
+        ({"ridge": 0.0}, "ridge"),
+    ],
+)
+def test_options_out_of_range(changes, message):
+    with pytest.raises(OptionError, match=message):
+        FitOptions(**changes)
+
+
+def test_a_real_model_is_predicted_better_than_by_its_means():
+    loaded = load_model("opt-books-15m")
+    text = loaded.tokenizer.encode(open(__file__).read() + (fit_module.__doc__ or "") * 2)
+    data = [Example(text[i : i + 48], [True] * 48) for i in range(0, 48 * 16, 48)]
+    shadow, static = (
+        calibrate(loaded, data, dataclasses.replace(QUICK, predictor=predictor, batch_tokens=384))[
+            0
+        ].metrics
+        for predictor in ("shadow", "static")
+    )
+    for kind in ("heads", "neurons"):
+        assert shadow[f"spearman_{kind}"] > static[f"spearman_{kind}"] + 0.01
+        assert shadow[f"recall_{kind}_70"] > static[f"recall_{kind}_70"] > 0.3
