@@ -69,6 +69,7 @@ def compact_masks(module: fx.GraphModule, *, policy: Policy, hold: bool = False)
         else:
             with graph.inserting_before(scores.next):
                 token = graph.call_function(aten.select.int, (scores, 1, -1))
+                token = graph.call_function(aten.contiguous.default, (token,))
                 chosen = graph.call_function(
                     torch.ops.shadowc.select.default,
                     (token, kept, floor, policy.scope == "local"),

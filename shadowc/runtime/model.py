@@ -28,6 +28,8 @@ class ShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     main_input_name = "input_ids"
     _is_stateful = False
+    _supports_sdpa = True  # whatever the config asks for: attention is in the programs
+    _supports_flash_attn = True
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class ShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if use_cache is False:
             from shadowc.evaluation.masks import teacher_forced
 
-            return CausalLMOutputWithPast(logits=teacher_forced(self.session, input_ids))
+            return CausalLMOutputWithPast(logits=teacher_forced(self.session, input_ids)["logits"])
         cache = past_key_values
         if cache is None:
             cache = self.session.new_cache(input_ids.shape[0])
