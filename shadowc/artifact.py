@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from shadowc.directory import atomic_directory, sha256
@@ -101,8 +101,10 @@ def write_artifact(
             safetensors.torch.save_file(large, new / WEIGHTS, metadata={"format": "pt"})
             if small:
                 safetensors.torch.save_file(small, new / PREDICTOR, metadata={"format": "pt"})
-        except SafetensorError as error:  # it wraps the operating system's error
-            raise OSError(str(error)) from error
+        except Exception as error:
+            if "os error" not in str(error):
+                raise
+            raise OSError(str(error)) from error  # safetensors and tokenizers hide it in their own
         (new / "programs").mkdir()
         for name, program in programs.items():
             (new / "programs" / f"{name}.json").write_text(json.dumps(program))

@@ -148,12 +148,14 @@ def calibrate(
         from shadowc.calibration.data import calibration_examples
         from shadowc.calibration.fit import FitOptions
         from shadowc.calibration.fit import calibrate as fit
-        from shadowc.calibration.store import save_calibration
+        from shadowc.calibration.store import JSON_FILE, save_calibration
+        from shadowc.directory import check_target
         from shadowc.models import load_model, slug
 
         options = FitOptions((criterion,), predictor, feature, rank=rank, seed=seed)
         name = [slug(model), criterion] + ["static"] * (predictor == "static")
         target = output or CALIBRATIONS / "-".join(name)
+        check_target(target, marker=JSON_FILE, error=CalibrationError)
         loaded = load_model(model)
         windows = calibration_examples(loaded, data, examples, seq_len, seed)
     (calibration,) = fit(loaded, windows, options, data=data, progress=True)
@@ -216,7 +218,9 @@ def compile_(
     with _busy("loading"):
         from shadowc import budget as budgets
         from shadowc import compiler, targets
+        from shadowc.artifact import MANIFEST
         from shadowc.calibration.store import load_calibration
+        from shadowc.directory import check_target
         from shadowc.models import load_model, slug
 
         targets.load_target(target)
@@ -232,14 +236,15 @@ def compile_(
         name = model or (chosen.model["name"] if chosen else "")
         if chosen is not None and budget == "bytes":
             policy = budgets.allot(chosen, policy.head_sparsity, policy)
-        loaded = load_model(name)
-        stored = _stored_type(loaded.source, dtype)
         if output is None:
             parts = [slug(name)]
             if chosen is not None and not dense:
                 parts += [chosen.criterion] + ["static"] * (chosen.predictor == "static")
             parts += _policy_name(policy, budget, sparsity)
             output = ARTIFACTS / "-".join([*parts, target])
+        check_target(output, marker=MANIFEST, error=ArtifactError)
+        loaded = load_model(name)
+        stored = _stored_type(loaded.source, dtype)
     with _busy(f"compiling {name}"):
         artifact = compiler.compile_model(
             loaded,

@@ -33,12 +33,7 @@ def atomic_directory(
     Yields:
         The temporary directory to fill.
     """
-    if target.exists() and not _replaceable(target, marker):
-        raise error(
-            f"{target} exists and is not something shadowc wrote",
-            expected=f"a new directory, or one with {marker} to replace",
-            fix="choose another place with --output",
-        )
+    check_target(target, marker=marker, error=error)
     work = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +63,29 @@ def atomic_directory(
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def check_target(target: Path, *, marker: str, error: type[ShadowcError] = ShadowcError) -> None:
+    """Raise before long work what `atomic_directory` would raise after it.
+
+    Args:
+        target: Where the directory shall be.
+        marker: Name of a file that such directories have.
+        error: What to raise.
+    """
+    if target.exists() and not _replaceable(target, marker):
+        raise error(
+            f"{target} exists and is not something shadowc wrote",
+            expected=f"a new directory, or one with {marker} to replace",
+            fix="choose another place with --output",
+        )
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise error(
+            f"cannot write {target}",
+            expected=f"a directory at {parent} that you may write to",
+            fix="choose another place with --output",
+        )
 
 
 def _replaceable(target: Path, marker: str) -> bool:

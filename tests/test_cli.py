@@ -1,0 +1,358 @@
+"""The command line as a user meets it: what it prints, its exit codes, and every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import OPTConfig, OPTForCausalLM
+
+from shadowc import cli
+from shadowc.models import load_model
+
+MODEL = "opt-books-15m"
+CALIBRATE = ["calibrate", MODEL, "--examples", "6", "--seq-len", "64", "--rank", "16"]
+COMPILE = ["compile", "--target", "cpu", "--max-seq-len", "128"]
+ENVIRONMENT = {**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
+
+
+def shadowc(*arguments, cwd, **options):
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "shadowc", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, **options
+    )
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """A directory with a calibration and an artifact, made as typed in the documentation."""
+    directory = tmp_path_factory.mktemp("work")
+    for arguments in ((*CALIBRATE, "--json"), (*COMPILE, "--sparsity", "0.5", "--json")):
+        done = shadowc(*arguments, cwd=directory)
+        assert done.returncode == 0, done.stderr
+        name = f"{arguments[0]}.json"
+        (directory / name).write_text(done.stdout)
+        (directory / name).with_suffix(".log").write_text(done.stderr)
+    return directory
+
+
+@pytest.fixture
+def artifact(work):
+    return work / "artifacts" / f"{MODEL}-plainact-s50-cpu"
+
+
+@pytest.fixture
+def calibration(work):
+    return work / "calibrations" / f"{MODEL}-plainact"
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory):
+    """A directory with an OPT of another shape."""
+    directory = tmp_path_factory.mktemp("small") / "small-opt"
+    config = OPTConfig(
+        hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, vocab_size=8192, max_position_embeddings=64,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(directory)
+    load_model(MODEL).tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def invoke(capsys, monkeypatch, tmp_path):
+    """Run a command in this process, in an empty directory: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["shadowc", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        printed = capsys.readouterr()
+        return done.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+def refused(result, *words):
+    """Exit 2, one message, no traceback, nothing on stdout."""
+    code, out, err = result
+    assert code == 2, err
+    assert out == "" and "Traceback" not in err
+    assert len(re.findall("^error: ", err, re.MULTILINE)) == 1, err
+    for word in words:
+        assert word in err, err
+
+
+def nothing_written(directory, kept=()):
+    """No file or directory, hidden ones included, besides `kept`."""
+    return {path.name for path in directory.iterdir()} <= set(kept)
+
+
+# What works --------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_every_command_has_an_example(invoke):
+    code, out, _ = invoke("--help")
+    assert code == 0
+    for name in ("calibrate", "compile", "run", "eval", "bench", "inspect", "targets", "criteria"):
+        assert name in out
+        code, text, _ = invoke(name, "--help")
+        assert code == 0 and "Example: shadowc " + name in text and "--json" in text
+    imported = (
+        "import sys, shadowc.cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", imported], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_calibrate_and_compile_print_one_json_object(work):
+    calibrated = json.loads((work / "calibrate.json").read_text())
+    assert calibrated["output"] == f"calibrations/{MODEL}-plainact"
+    assert calibrated["examples"] == 6 and calibrated["seconds"] > 0
+    assert -1 <= calibrated["spearman_heads"] <= 1 and -1 <= calibrated["spearman_neurons"] <= 1
+    compiled = json.loads((work / "compile.json").read_text())
+    assert compiled["output"] == f"artifacts/{MODEL}-plainact-s50-cpu"
+    assert compiled["target"] == "cpu" and compiled["max_abs_error"] < 0.05
+    assert compiled["head_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert compiled["neuron_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert compiled["weight_bytes_skipped"] > 0.3
+    assert f"using calibrations/{MODEL}-plainact" in (work / "compile.log").read_text()
+
+
+def test_run_streams_text_and_the_json_has_the_same(work, artifact, invoke):
+    done = shadowc("run", artifact, "--prompt", "It was", "--max-new-tokens", 8, cwd=work)
+    assert done.returncode == 0, done.stderr
+    code, out, _ = invoke("run", artifact, "--prompt", "It was", "--max-new-tokens", 8, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["tokens"] == 8 and result["ms_per_token"] > 0
+    assert done.stdout.strip() == result["text"].strip()
+
+
+def test_sampling_depends_on_the_seed_only(artifact, invoke):
+    def text(seed):
+        options = ("--prompt", "It was", "--max-new-tokens", 12, "--temperature", 1.5)
+        return json.loads(invoke("run", artifact, *options, "--seed", seed, "--json")[1])["text"]
+
+    assert text(1) == text(1) != text(2)
+
+
+def test_eval_and_bench_measure_and_keep_a_report(work, artifact, invoke, tmp_path):
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    options = ("--tokens", 256, "--seq-len", 64, "--against", "dense,static,random")
+    code, out, err = invoke("eval", copy, *options, "--json")
+    assert code == 0, err
+    quality = json.loads(out)
+    assert quality["dense_perplexity"] < quality["perplexity"]
+    assert quality["dense_perplexity"] == quality["variants"]["dense"]["perplexity"]
+    assert quality["head_sparsity"] == pytest.approx(0.5, abs=0.01) and quality["tasks"] == {}
+    assert {v["tokens"] for v in quality["variants"].values()} == {quality["tokens"]} == {4 * 62}
+
+    sizes = ("--prompt-len", 8, "--new-tokens", 24, "--no-hugging-face")
+    code, out, err = invoke("bench", copy, *sizes, "--json")
+    assert code == 0, err
+    speed = json.loads(out)
+    assert speed["speedup"] == pytest.approx(speed["dense_ms_per_token"] / speed["ms_per_token"])
+    assert 0 < speed["bytes_per_token"] < speed["dense_bytes_per_token"]
+    assert speed["bandwidth_share"] > 0 and speed["device"] and speed["threads"] >= 1
+    assert speed["hugging_face_ms_per_token"] is None and "hugging_face" in speed["left_out"]
+
+    report = json.loads((copy / "report.json").read_text())
+    assert {"compile", "eval", "bench"} <= set(report)
+    assert "<svg" in (copy / "report.html").read_text()
+    assert invoke("inspect", copy)[0] == 0  # the hashes are those of the new report
+
+
+def test_inspect_says_what_a_directory_is(artifact, calibration, invoke):
+    code, out, _ = invoke("inspect", artifact, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["kind"] == "artifact" and found["model"] == MODEL
+    assert len(found["layers"]) == 10 and found["files_verified"] > 5
+    code, out, _ = invoke("inspect", calibration, "--json")
+    assert code == 0 and json.loads(out)["kind"] == "calibration"
+
+
+def test_targets_and_criteria(invoke):
+    assert "cpu" in [t["target"] for t in json.loads(invoke("targets", "--json")[1])["targets"]]
+    names = [c["criterion"] for c in json.loads(invoke("criteria", "--json")[1])["criteria"]]
+    assert {"plainact", "l2norm", "sens", "random"} <= set(names)
+
+
+def test_sparsity_0_needs_no_calibration_and_other_names_tell_policies_apart(small_model, invoke):
+    code, out, err = invoke("compile", "--model", small_model, "--sparsity", 0, "--json")
+    assert code == 0, err
+    assert json.loads(out)["output"] == "artifacts/small-opt-s00-cpu"
+    policy = cli._policy(None, 0.25, 0.5, "units", "local", "prompt")
+    assert cli._policy_name(policy, "units", None) == ["h25-n50", "local", "prompt"]
+    assert cli._policy_name(cli._policy(0.3, None, None, "bytes", "global", "4"), "bytes", 0.3) == [
+        "b30", "every4"
+    ]  # fmt: skip
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+
+def test_unknown_names(invoke, calibration, tmp_path):
+    refused(invoke("calibrate", "opt-book"), "unknown model 'opt-book'", "opt-books-15m")
+    refused(invoke(*CALIBRATE, "--criterion", "magic"), "unknown criterion 'magic'", "plainact")
+    refused(invoke(*CALIBRATE, "--data", "wiki"), "unknown data set 'wiki'")
+    refused(invoke("compile", calibration, "--target", "abacus"), "unknown target 'abacus'", "cpu")
+    refused(invoke("compile", calibration, "--dtype", "int4"), "unknown dtype", "bf16")
+    refused(invoke("compile", calibration, "--refresh", "never"), "refresh 'never'", "token")
+    refused(invoke("compile"), "no calibration", "shadowc calibrate")
+    assert nothing_written(tmp_path)
+
+
+def test_usage_errors_exit_2(invoke):
+    code, _, err = invoke("run", "somewhere")
+    assert code == 2 and "--prompt" in err
+    assert invoke("frobnicate")[0] == 2
+
+
+def test_an_unsupported_architecture_is_named(invoke, tmp_path):
+    gpt2 = tmp_path / "gpt2"
+    gpt2.mkdir()
+    (gpt2 / "config.json").write_text(
+        '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'
+    )
+    refused(invoke("calibrate", gpt2), "GPT2LMHeadModel", "OPT", "Llama")
+
+
+@pytest.mark.parametrize("value", ["1", "1.5", "-0.1", "nan"])
+def test_sparsity_out_of_range(invoke, calibration, value, tmp_path):
+    refused(invoke("compile", calibration, f"--sparsity={value}"), "out of range", "[0, 1)")
+    assert nothing_written(tmp_path)
+
+
+def test_sparsities_that_exclude_each_other(invoke, calibration):
+    both = ("--sparsity", 0.5, "--head-sparsity", 0.1)
+    refused(invoke("compile", calibration, *both), "--head-sparsity", "--sparsity")
+
+
+def test_empty_or_short_text(invoke, tmp_path):
+    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty.write_text("")
+    short.write_text("It was late. ")
+    refused(invoke(*CALIBRATE, "--data", empty), "empty.txt")
+    refused(invoke(*CALIBRATE, "--data", short), "short.txt", "too short")
+    assert nothing_written(tmp_path, {"empty.txt", "short.txt"})
+
+
+def test_a_calibration_of_another_model(invoke, calibration, small_model, tmp_path):
+    refused(invoke("compile", calibration, "--model", small_model), "another shape")
+    other = shutil.copytree(calibration, tmp_path / "other")
+    header = json.loads((other / "calibration.json").read_text())
+    header["model"]["fingerprint"] = "0" * 64
+    (other / "calibration.json").write_text(json.dumps(header))
+    refused(invoke("compile", other), "other weights")
+    assert nothing_written(tmp_path, {"other"})
+
+
+def test_a_damaged_calibration(invoke, calibration, tmp_path):
+    copy = shutil.copytree(calibration, tmp_path / "copy")
+    tensors = copy / "calibration.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    refused(invoke("compile", copy), "calibration.safetensors")
+    refused(invoke("inspect", copy), "calibration.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "edited", "foreign"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "predictor.safetensors", "programs/decode.json", "manifest.json"]
+)
+def test_a_damaged_artifact_names_the_file(invoke, artifact, tmp_path, damage, name):
+    copy = shutil.copytree(artifact, tmp_path / "copy", copy_function=os.link)
+    path = copy / name
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "edited":
+        content[len(content) // 2] ^= 1
+        if name == "manifest.json":
+            content = bytearray(bytes(content).replace(b'"schema": 1', b'"schema": 9'))
+        path.write_bytes(content)
+    elif damage == "foreign":
+        path.write_text('{"something": "else"}')
+    refused(invoke("run", copy, "--prompt", "x"), name)
+
+
+def test_neither_artifact_nor_calibration(invoke, tmp_path):
+    refused(invoke("inspect", tmp_path), "neither an artifact nor a calibration")
+    refused(invoke("run", tmp_path / "gone", "--prompt", "x"), "not an artifact")
+
+
+def test_too_long_a_prompt_or_generation(invoke, artifact):
+    long = ("--prompt", "It was", "--max-new-tokens", 1000)
+    refused(invoke("run", artifact, *long), "compiled length", "128")
+    sizes = ("--prompt-len", 100, "--new-tokens", 100)
+    refused(invoke("bench", artifact, *sizes), "compiled length", "128")
+
+
+def test_what_an_artifact_cannot_be_compared_with(invoke, artifact):
+    refused(invoke("eval", artifact, "--against", "magic"), "magic", "static")
+    refused(invoke("eval", artifact, "--data", "nowhere.txt"), "nowhere.txt")
+    refused(invoke("eval", artifact, "--tasks", "chess", "--tokens", 64, "--seq-len", 32), "chess")
+
+
+def test_an_output_that_cannot_be_written(invoke, calibration, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    for output in ("file/below", "file", "mine"):
+        refused(invoke("compile", calibration, "--output", output), output.split("/")[0])
+        refused(invoke(*CALIBRATE, "--output", output), output.split("/")[0])
+    assert (tmp_path / "file").read_text() == (mine / "notes.txt").read_text() == "mine"
+    assert nothing_written(tmp_path, {"file", "mine"})
+
+
+def _small_files():
+    """What a full disk does to a write: the limit's signal is ignored, so that write fails."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, 1 << 12))
+
+
+@pytest.mark.parametrize("name", ["calibrate", "compile"])
+def test_a_full_disk(name, small_model, tmp_path):
+    arguments = ["calibrate", small_model, "--examples", 4, "--seq-len", 16, "--rank", 4]
+    if name == "compile":
+        arguments = ["compile", "--model", small_model, "--sparsity", 0]
+    done = shadowc(*arguments, "--output", "out", cwd=tmp_path, preexec_fn=_small_files)
+    refused((done.returncode, done.stdout, done.stderr), "out", "space")
+    assert nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["calibrate", "compile"])
+def test_ctrl_c(name, calibration, tmp_path):
+    arguments = ["calibrate", MODEL, "--examples", "200"]
+    if name == "compile":
+        arguments = ["compile", calibration]
+    command = [sys.executable, "-m", "shadowc", *map(str, arguments)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    log = ""
+    while (line := process.stderr.readline()) and "compiling" not in line:
+        log += line
+        if name == "calibrate" and "loading" in line:
+            break
+    time.sleep(4 if name == "calibrate" else 1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, log + err
+    assert out == "" and "Traceback" not in err and err.count("interrupted") == 1
+    assert not any(Path(tmp_path).rglob("*.json"))
+    assert not any(path.name.startswith(".") for path in tmp_path.rglob("*"))
