@@ -38,6 +38,7 @@ from shadowc.versions import versions
 CRITERIA = ("plainact", "sens")
 PROMPT = "It was"
 SEQ_LEN = 256
+BYTES = 0.5
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def measure(
         for label, policy in (
             ("30% of units", Policy(0.3, 0.3)),
             ("50% of units", half),
-            ("50% of bytes", budget.allot(calibration, 0.5, half)),
+            (f"{BYTES:.0%} of bytes", budget.allot(calibration, BYTES, half)),
         ):
             say(f"{model.name}: {calibration.criterion}, {label}")
             built = build_programs(traced, loaded, calibration, policy, backend, model.dtype)
