@@ -4,8 +4,8 @@
     python benchmarks/run.py speed random:opt-1.3b
     python benchmarks/run.py quality opt-books-15m --text books.txt --tokens 16384
 
-Each table goes to benchmarks/results/ as .md and .json, with the hardware and the command. Run it on
-a machine that does nothing else.
+Each table goes to benchmarks/results/ as .md and .json, with the hardware and the command. Run it
+on a machine that does nothing else.
 """
 
 from __future__ import annotations
