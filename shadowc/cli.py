@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -89,7 +90,11 @@ def _reported(debug: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        message, code = "interrupted: no unfinished directory is left behind", 130
+        if debug:
+            traceback.print_exc()
+        print("interrupted: no unfinished directory is left behind", file=sys.stderr, flush=True)
+        # CPython ends by the signal instead if it arrived inside an `exec`, as imports have many.
+        os._exit(130)
     except ShadowcError as error:
         message, code = f"error: {error}", error.exit_code
     except OSError as error:
