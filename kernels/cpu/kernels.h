@@ -7,7 +7,7 @@
 constexpr int64_t kMostRows = 64;   // batch rows served by one pass over the weights
 constexpr int64_t kMostUnits = 64;  // matrix rows in one task of a first projection
 constexpr int64_t kMostParts = 32;  // partial sums of a second projection
-constexpr int64_t kPartRows = 128;
+constexpr int64_t kPartRows = 64;   // and the fewest rows of one
 constexpr int kRows = 4;   // scattered rows at once; neighbours go one by one (see is_run)
 constexpr int kBatch = 4;  // batch rows at once
 
@@ -224,73 +224,74 @@ void dots(const W* weight, int64_t C, const Rows& rows, const float* x, int64_t 
   }
 }
 
-// Terms of a second projection: row id[i] of the matrix times coefficient[i * M + m]. They are
-// added in parts whose number depends on n alone, so the sum does not depend on the threads.
+// Terms of a second projection: row id[i] of the matrix times coefficient[i * M + m].
 struct Terms {
   const int32_t* id;
   const float* coefficient;
   int64_t n, M;
-
-  int64_t parts() const {
-    const int64_t parts = n / kPartRows;
-    return parts < 1 ? 1 : smaller(parts, kMostParts);
-  }
 };
 
 INLINE int64_t padded(int64_t C) { return blocks_of(C, 2 * LANES) * 2 * LANES; }
 
 template <class W, int R>
-INLINE void add_terms_of_one(const W* weight, int64_t C, const Terms& terms, int64_t first,
-                             int64_t last, float* acc) {
+INLINE void add_terms_of_one(const W* weight, int64_t C, const Terms& terms, float* acc) {
   Window<W, R> w;
-  for (int64_t i = first; i < last; i += R) {
+  for (int64_t i = 0; i < terms.n; i += R) {
     float coefficient[R];
     w.at(weight, C, terms.id, terms.n, i);
-    for (int r = 0; r < R; ++r) coefficient[r] = i + r < last ? terms.coefficient[i + r] : 0.0f;
+    for (int r = 0; r < R; ++r) coefficient[r] = i + r < terms.n ? terms.coefficient[i + r] : 0.0f;
     axpy<W, R>(w.row, w.next, coefficient, C, acc);
   }
 }
 
-// acc[m * padded(C) + c] += terms first..last.
+// acc[m * padded(C) + c] += the terms.
 template <class W>
-void add_terms(const W* weight, int64_t C, const Terms& terms, int64_t first, int64_t last,
-               float* acc) {
-  if (terms.M == 1 && is_run(terms.id + first, last - first))
-    return add_terms_of_one<W, 1>(weight, C, terms, first, last, acc);
-  if (terms.M == 1) return add_terms_of_one<W, kRows>(weight, C, terms, first, last, acc);
+void add_terms(const W* weight, int64_t C, const Terms& terms, float* acc) {
+  if (terms.M == 1 && is_run(terms.id, terms.n))
+    return add_terms_of_one<W, 1>(weight, C, terms, acc);
+  if (terms.M == 1) return add_terms_of_one<W, kRows>(weight, C, terms, acc);
   const float zeros[kMostRows] = {};
   Window<W, kRows> w;
-  for (int64_t i = first; i < last; i += kRows) {
+  for (int64_t i = 0; i < terms.n; i += kRows) {
     const float* coefficient[kRows];
     w.at(weight, C, terms.id, terms.n, i);
     for (int r = 0; r < kRows; ++r)
-      coefficient[r] = i + r < last ? terms.coefficient + (i + r) * terms.M : zeros;
+      coefficient[r] = i + r < terms.n ? terms.coefficient + (i + r) * terms.M : zeros;
     axpy_batch<W, kRows>(w.row, w.next, coefficient, terms.M, C, acc, padded(C));
   }
 }
 
-// y = residual + bias + sum of terms, y and residual [M, C]; `partial` has room for
-// parts() * M * padded(C) numbers and is shared by the team, as is the task counter.
-template <class W>
-INLINE void combine(const Team& team, int64_t* next, const W* weight, int64_t C, const Terms& terms,
-                    const float* bias, const float* residual, float* y, float* partial) {
-  const int64_t parts = terms.parts(), M = terms.M, size = M * padded(C);
-  for_tasks(next, parts, [&](int64_t part) {
-    float* acc = partial + part * size;
-    for (int64_t i = 0; i < size; ++i) acc[i] = 0;
-    add_terms(weight, C, terms, terms.n * part / parts, terms.n * (part + 1) / parts, acc);
-  });
-  team.barrier();
-  const int64_t first = C * team.rank / team.size, last = C * (team.rank + 1) / team.size;
-  for (int64_t m = 0; m < M; ++m) {
-    float* acc = partial + m * padded(C);
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t c = first; c < last; ++c) acc[c] += acc[part * size + c];
-    for (int64_t c = first; c < last; ++c) {
-      const float value = acc[c] + (bias != nullptr ? bias[c] : 0.0f);
-      y[m * C + c] = residual != nullptr ? residual[m * C + c] + value : value;
+// y = residual + bias + sum over a matrix's rows, y and residual [M, C]. The rows are cut into parts
+// whose number depends on the matrix alone, so the sum does not depend on the threads;
+// body(first, last, acc) adds the terms of one part's rows to acc [M, padded(C)], in stretches of at
+// most kMostUnits rows.
+template <class Body>
+INLINE void sum_rows(int64_t rows, int64_t M, int64_t C, int64_t threads, const float* bias,
+                     const float* residual, float* y, const Body& body) {
+  const int64_t most = smaller(rows / kPartRows, kMostParts), parts = most < 1 ? 1 : most;
+  const int64_t size = M * padded(C);
+  float* partial = (float*)scratch(0, parts * size * sizeof(float));
+  int64_t next = 0;
+  in_team(smaller(threads, parts), [&](const Team& team) {
+    for_tasks(&next, parts, [&](int64_t part) {
+      float* acc = partial + part * size;
+      for (int64_t i = 0; i < size; ++i) acc[i] = 0;
+      const int64_t end = rows * (part + 1) / parts;
+      for (int64_t first = rows * part / parts; first < end; first += kMostUnits)
+        body(first, smaller(first + kMostUnits, end), acc);
+    });
+    team.barrier();
+    const int64_t first = C * team.rank / team.size, last = C * (team.rank + 1) / team.size;
+    for (int64_t m = 0; m < M; ++m) {
+      float* acc = partial + m * padded(C);
+      for (int64_t part = 1; part < parts; ++part)
+        for (int64_t c = first; c < last; ++c) acc[c] += acc[part * size + c];
+      for (int64_t c = first; c < last; ++c) {
+        const float value = acc[c] + (bias != nullptr ? bias[c] : 0.0f);
+        y[m * C + c] = residual != nullptr ? residual[m * C + c] + value : value;
+      }
     }
-  }
+  });
 }
 
 // Rows a task, so that every thread has several tasks and a task is worth handing out.
@@ -338,25 +339,18 @@ void project(const Project& p) {
 
 template <class W>
 void out_proj_as(const OutProj& p, int64_t m0, int64_t M) {
-  int32_t* id = (int32_t*)scratch(0, p.rows * sizeof(int32_t));
-  float* coefficient = (float*)scratch(1, p.rows * M * sizeof(float));
-  Terms terms{id, coefficient, 0, M};
-  Rows kept;
-  for (int64_t first = 0; first < p.rows; first += kMostUnits) {
-    kept_rows(p.keep, first, smaller(first + kMostUnits, p.rows), m0, M, p.T, kept);
-    for (int i = 0; i < kept.n; ++i, ++terms.n) {
-      id[terms.n] = kept.id[i];
+  const float* residual = p.residual ? p.residual + m0 * p.C : nullptr;
+  const auto add = [&](int64_t first, int64_t last, float* acc) {
+    Rows kept;
+    float coefficient[kMostUnits * kMostRows];
+    kept_rows(p.keep, first, last, m0, M, p.T, kept);
+    for (int i = 0; i < kept.n; ++i)
       for (int64_t m = 0; m < M; ++m)
-        coefficient[terms.n * M + m] =
+        coefficient[i * M + m] =
             kept.wanted[i] >> m & 1 ? p.ctx[(m0 + m) * p.rows + kept.id[i]] : 0.0f;
-    }
-  }
-  float* partial = (float*)scratch(2, terms.parts() * M * padded(p.C) * sizeof(float));
-  int64_t next = 0;
-  in_team(smaller((int64_t)p.threads, terms.parts()), [&](const Team& team) {
-    combine(team, &next, (const W*)p.weight_t, p.C, terms, p.bias,
-            p.residual ? p.residual + m0 * p.C : nullptr, p.y + m0 * p.C, partial);
-  });
+    add_terms((const W*)p.weight_t, p.C, Terms{kept.id, coefficient, kept.n, M}, acc);
+  };
+  sum_rows(p.rows, M, p.C, p.threads, p.bias, residual, p.y + m0 * p.C, add);
 }
 
 void out_proj(const OutProj& p) {
@@ -398,58 +392,32 @@ INLINE void drop_zeros(Rows& rows, float* value, int64_t M) {
 
 template <class W>
 void mlp_as(const Mlp& p, int64_t m0, int64_t M) {
-  const int64_t size = task_rows(p.F, p.threads), tasks = blocks_of(p.F, size);
-  const float* x = p.x + m0 * p.C;
-  // Every task leaves its live neurons at the start of its own stretch; then they move together.
-  int32_t* id = (int32_t*)scratch(0, (2 * p.F + tasks + 1) * sizeof(int32_t));
-  int32_t* live = id + p.F;
-  int32_t* place = live + p.F;  // [tasks + 1]: live neurons of a task, then their places
-  float* value = (float*)scratch(1, p.F * M * sizeof(float));
-  float* coefficient = (float*)scratch(2, p.F * M * sizeof(float));
-  const Terms most{nullptr, nullptr, p.F, M};
-  float* partial = (float*)scratch(3, most.parts() * M * padded(p.C) * sizeof(float));
-  int64_t next = 0, next_part = 0;
-
-  in_team(smaller((int64_t)p.threads, tasks), [&](const Team& team) {
-    for_tasks(&next, tasks, [&](int64_t task) {
-      const int64_t first = task * size, last = smaller(first + size, p.F);
-      float* h = value + first * M;
-      Rows rows;
-      kept_rows(p.keep, first, last, m0, M, p.T, rows);
-      dots((const W*)p.w1, p.C, rows, x, M, h);
-      for (int i = 0; p.b1 != nullptr && i < rows.n; ++i)
-        for (int64_t m = 0; m < M; ++m)
-          if (rows.wanted[i] >> m & 1) h[i * M + m] += p.b1[rows.id[i]];
-      activate(h, rows.n * M, p.activation);
-      if (p.up != nullptr) {
-        if (p.skip_zeros) drop_zeros(rows, h, M);
-        float up[kMostUnits * kMostRows];
-        dots((const W*)p.up, p.C, rows, x, M, up);
-        for (int64_t i = 0; i < rows.n * M; ++i) h[i] *= up[i];
-      }
+  const float *x = p.x + m0 * p.C, *residual = p.residual ? p.residual + m0 * p.C : nullptr;
+  // Both projections of a stretch of neurons in one go: h never leaves the first cache.
+  const auto add = [&](int64_t first, int64_t last, float* acc) {
+    Rows rows;
+    float h[kMostUnits * kMostRows];
+    kept_rows(p.keep, first, last, m0, M, p.T, rows);
+    dots((const W*)p.w1, p.C, rows, x, M, h);
+    for (int i = 0; p.b1 != nullptr && i < rows.n; ++i)
+      for (int64_t m = 0; m < M; ++m)
+        if (rows.wanted[i] >> m & 1) h[i * M + m] += p.b1[rows.id[i]];
+    activate(h, rows.n * M, p.activation);
+    if (p.up != nullptr) {
       if (p.skip_zeros) drop_zeros(rows, h, M);
-      for (int i = 0; i < rows.n; ++i) id[first + i] = rows.id[i];
-      place[task] = rows.n;
-      for (int64_t m = 0; m < M; ++m) {
-        int32_t read = 0;
-        for (int i = 0; i < rows.n; ++i) read += rows.wanted[i] >> m & 1;
-        __atomic_fetch_add(p.read + (m0 + m) / p.T, read, __ATOMIC_RELAXED);
-      }
-    });
-    team.barrier();
-    int64_t n = 0;
-    for (int64_t task = 0; task < tasks; ++task) {
-      if (task % team.size == team.rank) {
-        const int64_t first = task * size;
-        __builtin_memcpy(live + n, id + first, place[task] * sizeof(int32_t));
-        __builtin_memcpy(coefficient + n * M, value + first * M, place[task] * M * sizeof(float));
-      }
-      n += place[task];
+      float up[kMostUnits * kMostRows];
+      dots((const W*)p.up, p.C, rows, x, M, up);
+      for (int64_t i = 0; i < rows.n * M; ++i) h[i] *= up[i];
     }
-    team.barrier();
-    combine(team, &next_part, (const W*)p.w2t, p.C, Terms{live, coefficient, n, M}, p.b2,
-            p.residual ? p.residual + m0 * p.C : nullptr, p.y + m0 * p.C, partial);
-  });
+    if (p.skip_zeros) drop_zeros(rows, h, M);
+    for (int64_t m = 0; m < M; ++m) {
+      int32_t read = 0;
+      for (int i = 0; i < rows.n; ++i) read += rows.wanted[i] >> m & 1;
+      __atomic_fetch_add(p.read + (m0 + m) / p.T, read, __ATOMIC_RELAXED);
+    }
+    add_terms((const W*)p.w2t, p.C, Terms{rows.id, h, rows.n, M}, acc);
+  };
+  sum_rows(p.F, M, p.C, p.threads, p.b2, residual, p.y + m0 * p.C, add);
 }
 
 void mlp(const Mlp& p) {
