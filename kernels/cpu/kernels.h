@@ -18,10 +18,15 @@ INLINE T smaller(T a, T b) {
 
 INLINE int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+// The next task, in a cache line of its own: its neighbours are read by all threads.
+struct alignas(64) Counter {
+  int64_t next = 0;
+};
+
 // Calls body(task) for tasks handed out one by one, so that a slowed thread takes fewer.
 template <class Body>
-INLINE void for_tasks(int64_t* next, int64_t tasks, const Body& body) {
-  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < tasks;) body(i);
+INLINE void for_tasks(Counter* counter, int64_t tasks, const Body& body) {
+  for (int64_t i; (i = __atomic_fetch_add(&counter->next, 1, __ATOMIC_RELAXED)) < tasks;) body(i);
 }
 
 template <class Body>
@@ -271,7 +276,7 @@ INLINE void sum_rows(int64_t rows, int64_t M, int64_t C, int64_t threads, const 
   const int64_t most = smaller(rows / kPartRows, kMostParts), parts = most < 1 ? 1 : most;
   const int64_t size = M * padded(C);
   float* partial = (float*)scratch(0, parts * size * sizeof(float));
-  int64_t next = 0;
+  Counter next;
   in_team(smaller(threads, parts), [&](const Team& team) {
     for_tasks(&next, parts, [&](int64_t part) {
       float* acc = partial + part * size;
@@ -294,38 +299,37 @@ INLINE void sum_rows(int64_t rows, int64_t M, int64_t C, int64_t threads, const 
   });
 }
 
-// Rows a task, so that every thread has several tasks and a task is worth handing out.
-INLINE int64_t task_rows(int64_t rows, int64_t threads) {
-  const int64_t size = rows / (8 * threads) / 8 * 8;
-  return size < 8 ? 8 : smaller(size, kMostUnits);
-}
-
 // ---------------------------------------------------------------------------- projections
 
 template <class W>
 void project_as(const Project& p, int64_t m0, int64_t M) {
-  int64_t rows = 0, next = 0;
+  int64_t rows = 0, tasks = 0;
   for (int i = 0; i < p.matrices; ++i) rows += p.matrix[i].rows;
-  const int64_t size = task_rows(rows, p.threads);
-  int64_t tasks = 0;
+  // Several tasks a thread, each one long stream; more threads than rows make tasks of 8.
+  const int64_t size = blocks_of(rows, 64 * p.threads) * 8;
   for (int i = 0; i < p.matrices; ++i) tasks += blocks_of(p.matrix[i].rows, size);
 
+  const auto stretch = [&](const Matrix& a, int64_t first, int64_t last) {
+    Rows kept;
+    kept_rows(a.keep, first, last, m0, M, p.T, kept);
+    float value[kMostUnits * kMostRows];
+    dots((const W*)a.weight, p.C, kept, p.x + m0 * p.C, M, value);
+    for (int64_t m = 0; m < M; ++m) {
+      float* out = a.out + (m0 + m) * a.rows;
+      for (int64_t row = first; row < last; ++row) out[row] = 0;
+      for (int i = 0; i < kept.n; ++i)
+        if (kept.wanted[i] >> m & 1)
+          out[kept.id[i]] = value[i * M + m] + (a.bias ? a.bias[kept.id[i]] : 0.0f);
+    }
+  };
+  Counter next;
   in_team(smaller((int64_t)p.threads, tasks), [&](const Team&) {
     for_tasks(&next, tasks, [&](int64_t task) {
       const Matrix* a = p.matrix;
       for (; task >= blocks_of(a->rows, size); ++a) task -= blocks_of(a->rows, size);
-      const int64_t first = task * size, last = smaller(first + size, a->rows);
-      Rows kept;
-      kept_rows(a->keep, first, last, m0, M, p.T, kept);
-      float value[kMostUnits * kMostRows];
-      dots((const W*)a->weight, p.C, kept, p.x + m0 * p.C, M, value);
-      for (int64_t m = 0; m < M; ++m) {
-        float* out = a->out + (m0 + m) * a->rows;
-        for (int64_t row = first; row < last; ++row) out[row] = 0;
-        for (int i = 0; i < kept.n; ++i)
-          if (kept.wanted[i] >> m & 1)
-            out[kept.id[i]] = value[i * M + m] + (a->bias ? a->bias[kept.id[i]] : 0.0f);
-      }
+      const int64_t end = smaller((task + 1) * size, a->rows);
+      for (int64_t first = task * size; first < end; first += kMostUnits)
+        stretch(*a, first, smaller(first + kMostUnits, end));
     });
   });
 }
@@ -474,7 +478,7 @@ void attention(const Attention& p) {
   const int64_t heads = p.B * p.G >= 4 * p.threads || p.threads == 1 ? repeat : 1;
   const int64_t tasks = p.B * p.H / heads;
   const bool is_short = p.B * p.H * slot * D < 1 << 15;
-  int64_t next = 0;
+  Counter next;
   in_team(is_short ? 1 : smaller((int64_t)p.threads, tasks), [&](const Team&) {
     float* scores = (float*)scratch(3, (heads * (slot + 1) + D + 2 * LANES) * sizeof(float));
     float* acc = scores + heads * (slot + 1);

@@ -87,7 +87,7 @@ void select(const Select& p) {
   Threshold* own = (Threshold*)scratch(1, L * sizeof(Threshold));
   const int threads = L * N < 1 << 13 ? 1 : (int)smaller((int64_t)p.threads, L);
   const auto over_layers = [&](const auto& body) {
-    int64_t next = 0;
+    Counter next;
     in_team(threads, [&](const Team&) { for_tasks(&next, L, body); });
   };
 

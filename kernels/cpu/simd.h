@@ -54,14 +54,24 @@ INLINE void store(float* p, vfloat v, int64_t n) {
   __builtin_memcpy(p, &v, (n < LANES ? n : LANES) * sizeof(float));
 }
 
-INLINE float sum(vfloat v) {
-  float part[LANES];
-  store(part, v);
-#pragma GCC unroll 8
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+template <int N>
+struct Vector {
+  typedef float type __attribute__((vector_size(N * 4)));
+};
+
+// Halves the vector until two values are left, all in registers.
+template <int N>
+INLINE float sum_of(typename Vector<N>::type v) {
+  if constexpr (N == 2) {
+    return v[0] + v[1];
+  } else {
+    typename Vector<N / 2>::type half[2];
+    __builtin_memcpy(half, &v, sizeof v);
+    return sum_of<N / 2>(half[0] + half[1]);
+  }
 }
+
+INLINE float sum(vfloat v) { return sum_of<LANES>(v); }
 
 INLINE vfloat exp(vfloat x) {
   // exp(x) = 2^n exp(r), |r| <= ln2/2; coefficients 1/k!, relative error below 3e-7.
