@@ -59,7 +59,7 @@ class Model:
 
 
 MODELS = (
-    Model("opt-books-15m", torch.float16, examples=48, tokens=4096),
+    Model("opt-books-15m", torch.float16, examples=128, tokens=4096),
     Model("smollm2-135m", torch.bfloat16, examples=16, tokens=1536),
 )
 
