@@ -32,4 +32,6 @@ def _compact_fake(mask: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-register("compact(Tensor mask) -> (Tensor index, Tensor count)", _compact, _compact_fake)
+register(
+    "compact(Tensor mask) -> (Tensor index, Tensor count)", _compact, _compact_fake, cuda=_compact
+)

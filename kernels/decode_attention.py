@@ -5,11 +5,12 @@
     ctx[b, t, h] = sum_s softmax_s(scale * q'[b, t, h] . k_cache[b, g, s]) v_cache[b, g, s]
                    over slots start[b] <= s <= position + t, g = h // (H / G), kept heads h, else 0
 
-q [B, T, H*D], k and v [B, T, G*D], cos and sin [B, T, D] or None; k_cache, v_cache [B', G, S, D]
-with B' >= B, updated in place; start int64 [B], the row's first valid slot (left padding); position
-int64 [1]; index int32 [B, H] ascending, of which the first count[b] (int32 [B]) count; both None =
-all heads. All float32. D is a multiple of 8, up to 256. -> ctx [B, T, H*D] float32, zeros also for
-tokens before their row's start. One token runs native; a prefill runs as torch's own attention.
+q [B, T, H*D], k and v [B, T, G*D], cos and sin [B, T, D] float32 or None; k_cache, v_cache [B', G,
+S, D] with B' >= B, updated in place; start int64 [B], the row's first valid slot (left padding);
+position int64 [1]; index int32 [B, H] ascending, of which the first count[b] (int32 [B]) count;
+both None = all heads. Caches are float32 on a CPU and have the type of q on CUDA. D is a multiple
+of 8, up to 256. -> ctx [B, T, H*D] in the type of q, zeros also for tokens before their row's
+start. One token runs in a kernel of ours; a prompt runs as torch's own attention.
 
 Source: Su et al. 2021, "RoFormer" (rotary, in the rotate-half form of Llama).
 """
@@ -39,7 +40,8 @@ def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     if cos is None or sin is None:
         return x
     first, second = x.chunk(2, -1)
-    return x * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
+    turned = x * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
+    return turned.to(x.dtype)
 
 
 def decode_attention_reference(
@@ -65,8 +67,8 @@ def decode_attention_reference(
     key = _rotate(k.view(batch, tokens, groups, head_dim), cos, sin).transpose(1, 2)
     k_cache[:batch, :, first:end] = key
     v_cache[:batch, :, first:end] = v.view(batch, tokens, groups, head_dim).transpose(1, 2)
-    slots = torch.arange(end)
-    causal = slots <= torch.arange(first, end)[:, None]  # [T, slots]
+    slots = torch.arange(end, device=q.device)
+    causal = slots <= torch.arange(first, end, device=q.device)[:, None]  # [T, slots]
     allowed = causal & (slots >= start[:, None, None])  # [B, T, slots]
     # A slot that no token may see can hold anything: it must not meet a weight of 0.
     unseen = ~allowed.any(1)[:, None, :, None]
@@ -118,6 +120,11 @@ def _decode_attention(
     if (cos is None) != (sin is None):
         raise KernelError("rotary is cos and sin together", expected="both or neither")
     heads = width // head_dim
+    if q.dtype in (torch.float16, torch.bfloat16):
+        return _decode_attention(
+            q.float(), k.float(), v.float(), cos, sin, k_cache, v_cache, start, position, scale,
+            index, count,
+        ).to(q.dtype)  # fmt: skip
     check("q", q, torch.float32, batch, tokens, width)
     check("k", k, torch.float32, batch, tokens, groups * head_dim)
     check("v", v, torch.float32, batch, tokens, groups * head_dim)
@@ -168,6 +175,32 @@ def _decode_attention(
     )
 
 
+def _decode_attention_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    position: Tensor,
+    scale: float,
+    index: Tensor | None,
+    count: Tensor | None,
+) -> Tensor:
+    if q.shape[1] > 1:
+        return decode_attention_reference(
+            q, k, v, cos, sin, k_cache, v_cache, start, position, scale, index, count
+        )
+    from shadowc.kernels.cuda.attention import attention
+
+    return attention(
+        q[:, 0], k[:, 0], v[:, 0], None if cos is None else cos[:, 0],
+        None if sin is None else sin[:, 0], k_cache, v_cache, start, position, scale, index, count,
+    )[:, None]  # fmt: skip
+
+
 def _decode_attention_fake(
     q: Tensor,
     k: Tensor,
@@ -191,4 +224,5 @@ register(
     "-> Tensor",
     _decode_attention,
     _decode_attention_fake,
+    cuda=_decode_attention_cuda,
 )

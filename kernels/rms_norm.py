@@ -23,6 +23,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return _rms_norm_half(x, weight, eps)
     width = weight.shape[-1]
     check("x", x, torch.float32, *x.shape[:-1], width)
     check("weight", weight, torch.float32, width)
@@ -31,8 +33,18 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def _rms_norm_half(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """For prompts in half precision: the mean of squares needs more than that."""
+    return rms_norm_reference(x.float(), weight.float(), eps).to(x.dtype)
+
+
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
-register("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _rms_norm_fake)
+register(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    _rms_norm,
+    _rms_norm_fake,
+    cuda=_rms_norm_half,
+)

@@ -45,7 +45,7 @@ def select_reference(scores: Tensor, keep: int, floor: int, local: bool) -> Tens
     return own | rest.view_as(own)
 
 
-def _select(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor, Tensor]:
+def _check(scores: Tensor, keep: int, floor: int, local: bool) -> None:
     check_rank("scores", scores, 3)
     check("scores", scores, torch.float32, *scores.shape)
     batch, layers, units = scores.shape
@@ -59,6 +59,11 @@ def _select(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor,
             expected=f"0 to {min(units, keep // max(1, layers))} units a layer",
             got=floor,
         )
+
+
+def _select(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor, Tensor]:
+    _check(scores, keep, floor, local)
+    batch, layers, units = scores.shape
     index = scores.new_empty((layers, batch, units), dtype=torch.int32)
     count = scores.new_empty((layers, batch), dtype=torch.int32)
     _native(
@@ -76,6 +81,13 @@ def _select(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor,
     return index, count
 
 
+def _select_cuda(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor, Tensor]:
+    from shadowc.kernels.cuda.select import select
+
+    _check(scores, keep, floor, local)
+    return select(scores, keep, floor, local)
+
+
 def _select_fake(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor, Tensor]:
     batch, layers, units = scores.shape
     return (
@@ -88,4 +100,5 @@ register(
     "select(Tensor scores, int keep, int floor, bool local) -> (Tensor index, Tensor count)",
     _select,
     _select_fake,
+    cuda=_select_cuda,
 )

@@ -46,8 +46,9 @@ def compact_masks(module: fx.GraphModule, *, policy: Policy, hold: bool = False)
         return False
     blocks = blocks_of(module)
     keep, shape, graph = blocks.keep, blocks.shape, module.graph
-    if "rows" not in module.meta:
+    if not graph.find_nodes(op="placeholder", target="start"):
         raise PassError("compact_masks needs the fuse passes before it")
+    rows = module.meta.get("rows", [])
     results = {"logits": graph.output_node().args[0][0]}
     kinds = () if keep is None else (
         ("head", keep.head_mask, keep.head_scores, policy.heads_kept(shape), policy.min_heads),
@@ -78,7 +79,7 @@ def compact_masks(module: fx.GraphModule, *, policy: Policy, hold: bool = False)
                 by_layer = _unbind(graph, index, count, layers)
         _replace_compacts(graph, mask, by_layer)
         results |= {f"{kind}_index": index, f"{kind}_count": count}
-    results |= {f"rows_{layer}": node for layer, node in enumerate(module.meta["rows"])}
+    results |= {f"rows_{layer}": node for layer, node in enumerate(rows)}
     graph.output_node().args = (tuple(results.values()),)
     module.meta["outputs"] = tuple(results)
     eliminate_dead_code(graph)

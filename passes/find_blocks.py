@@ -59,12 +59,16 @@ class MLP:
 
 @dataclass
 class Keep:
-    """The nodes that say which units run: scores [B, T, L', N] and masks bool [B, T, L, N]."""
+    """The nodes that say which units run: scores [B, T, L', N] and masks bool [B, T, L, N].
+
+    `readers` are the nodes of the predictor that use the feature.
+    """
 
     head_scores: fx.Node
     neuron_scores: fx.Node
     head_mask: fx.Node
     neuron_mask: fx.Node
+    readers: list[fx.Node]
 
 
 @dataclass

@@ -27,11 +27,13 @@ _ = (compact, decode_attention, sparse_out_proj, sparse_qkv)  # importing regist
 aten = torch.ops.aten
 
 
-def fuse_sparse_attention(module: fx.GraphModule) -> bool:
+def fuse_sparse_attention(module: fx.GraphModule, *, core: bool = False) -> bool:
     """Replace every attention block.
 
     Args:
         module: A graph with blocks, masked or not.
+        core: Replace only what lies between the projections, which stay aten.linear (for dense
+            programs whose library has better products than ours).
 
     Returns:
         Whether anything changed.
@@ -51,13 +53,15 @@ def fuse_sparse_attention(module: fx.GraphModule) -> bool:
             for layer in range(blocks.shape.layers)
         ]
     for block, cache in zip(blocks.attention, caches, strict=True):
-        _fuse(graph, blocks, block, (*cache, start, position))
+        _fuse(graph, blocks, block, (*cache, start, position), core)
     eliminate_dead_code(graph)
     graph.erase_node(inputs["attention_mask"])
     return True
 
 
-def _fuse(graph: fx.Graph, blocks: Blocks, block: Attention, state: tuple[fx.Node, ...]) -> None:
+def _fuse(
+    graph: fx.Graph, blocks: Blocks, block: Attention, state: tuple[fx.Node, ...], core: bool
+) -> None:
     x = block.query.args[0]
     if block.key.args[0] is not x or block.value.args[0] is not x:
         raise PassError("fuse_sparse_attention: q, k and v project from different inputs")
@@ -69,15 +73,22 @@ def _fuse(graph: fx.Graph, blocks: Blocks, block: Attention, state: tuple[fx.Nod
             for projection in (block.query, block.key, block.value)
             for argument in weight_and_bias(projection)
         ]
-        qkv = graph.call_function(
-            torch.ops.shadowc.sparse_qkv.default, (x, *weights, head_dim, *keep)
-        )
-        q, k, v = unpack(graph, qkv, 3)
+        if core:
+            q, k, v = block.query, block.key, block.value
+        else:
+            qkv = graph.call_function(
+                torch.ops.shadowc.sparse_qkv.default, (x, *weights, head_dim, *keep)
+            )
+            q, k, v = unpack(graph, qkv, 3)
         context = graph.call_function(
             torch.ops.shadowc.decode_attention.default,
             (q, k, v, *(block.rotary or (None, None)), *state, block.scale, *keep),
         )
     context.meta = dict(block.context.meta)
+    if core:
+        block.context.replace_all_uses_with(context)
+        block.context = context
+        return
     weight, bias = weight_and_bias(block.output)
     with graph.inserting_before(block.output):
         residual, total = residual_add(block.output)

@@ -161,7 +161,10 @@ def insert_predictor(
                 if node.op == "get_attr" and "." not in str(node.target):
                     _adopt_constant(module, masks, nodes[node])
     graph.erase_node(anchor)
-    blocks.keep = Keep(*(nodes[node] for node in returned))
+    made = list(nodes.values())
+    readers = [node for node in made if source in node.all_input_nodes]
+    head_scores, neuron_scores, head_mask, neuron_mask = (nodes[node] for node in returned)
+    blocks.keep = Keep(head_scores, neuron_scores, head_mask, neuron_mask, readers)
     output = graph.output_node()
     (logits,) = output.args[0]
     output.args = ((logits, blocks.keep.head_mask, blocks.keep.neuron_mask),)

@@ -2,15 +2,18 @@
 contiguous
 
     contiguous(t(weight))      -> weight_t, stored transposed                   (second projections)
-    matrix                     -> stored in the weight type; vectors stay fp32
-    embedding(matrix)          -> float(embedding(matrix))                    (activations are fp32)
-    any other use of a matrix  -> float(matrix)                                 (the masked program)
+    matrix                     -> stored in the weight type
+    vector                     -> stored in `vectors`; what is no parameter of the model in fp32
+    embedding(weight)          -> to(embedding(weight), compute)
+    any other use of a weight  -> to(weight, compute), except by shadowc ops, which take it as it is
 
 All programs of an artifact share one `Packed` store: the lowered ones lay it out, the masked one
 reads a second projection back as the transpose of what they stored.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -21,12 +24,27 @@ aten = torch.ops.aten
 Packed = dict[str, Tensor]
 
 
-def pack_weights(module: fx.GraphModule, *, dtype: torch.dtype, packed: Packed) -> bool:
+@dataclass(frozen=True)
+class Types:
+    """How weights are stored and what a graph computes in.
+
+    Attributes:
+        matrices: Type of stored matrices.
+        vectors: Type of stored biases and norms.
+        compute: Type of the activations of aten ops.
+    """
+
+    matrices: torch.dtype
+    vectors: torch.dtype = torch.float32
+    compute: torch.dtype = torch.float32
+
+
+def pack_weights(module: fx.GraphModule, *, types: Types, packed: Packed) -> bool:
     """Bind a graph to packed tensors.
 
     Args:
         module: Any of an artifact's graphs; the lowered ones first.
-        dtype: Type of the stored matrices.
+        types: How weights are stored, and what this graph computes in.
         packed: The artifact's tensors by name; new ones are added.
 
     Returns:
@@ -38,18 +56,22 @@ def pack_weights(module: fx.GraphModule, *, dtype: torch.dtype, packed: Packed) 
     for node in list(graph.find_nodes(op="get_attr")):
         if not node.users:
             continue
-        _pack(module, node, dtype, packed)
+        _pack(module, node, types, packed)
     module.meta["packed"] = True
     return True
 
 
-def _pack(module: fx.GraphModule, node: fx.Node, dtype: torch.dtype, packed: Packed) -> None:
+def _pack(module: fx.GraphModule, node: fx.Node, types: Types, packed: Packed) -> None:
     graph, name = module.graph, str(node.target)
-    value = _attribute(module, name).detach()
+    parameter = _attribute(module, name)
+    value = parameter.detach()
     turned = f"{name}_t"
     users = list(node.users)
-    matrix = value.dim() > 1 and any(_multiplies(user) for user in users)
-    stored = dtype if matrix else torch.float32 if value.is_floating_point() else value.dtype
+    stored = value.dtype
+    if value.is_floating_point():
+        matrix = value.dim() > 1 and any(_multiplies(user) for user in users)
+        vector = types.vectors if isinstance(parameter, torch.nn.Parameter) else torch.float32
+        stored = types.matrices if matrix else vector
     if all(user.target is aten.t.default for user in users):
         packed.setdefault(turned, value.t().to(stored).contiguous())
         for user in users:
@@ -65,20 +87,20 @@ def _pack(module: fx.GraphModule, node: fx.Node, dtype: torch.dtype, packed: Pac
         packed.setdefault(name, value.to(stored).contiguous())
         _rebind(module, node, name, packed[name])
         read = node
-    if stored == torch.float32 or not value.is_floating_point():
+    if stored in (torch.float32, types.compute) or not value.is_floating_point():
         _use(users, node, read)
         return
     plain = [u for u in users if getattr(u.target, "namespace", "") == "shadowc"]
     lookups = [u for u in users if u.target is aten.embedding.default]
     for lookup in lookups:
         with graph.inserting_before(lookup.next):
-            wide = graph.call_function(aten.to.dtype, (lookup, torch.float32))
+            wide = graph.call_function(aten.to.dtype, (lookup, types.compute))
         lookup.replace_all_uses_with(wide, delete_user_cb=lambda user, wide=wide: user is not wide)
     others = [u for u in users if u not in plain and u not in lookups]
     _use(plain + lookups, node, read)
     if others:
         with graph.inserting_before(read.next):
-            wide = graph.call_function(aten.to.dtype, (read, torch.float32))
+            wide = graph.call_function(aten.to.dtype, (read, types.compute))
         _use(others, node, wide)
 
 

@@ -5,6 +5,7 @@
     model.safetensors                  packed weights, once
     predictor.safetensors              predictor, mean scores, and keep sets that never change
     programs/*.json                    what the target runs
+    kernels/sm_NN/*                    compiled kernels (CUDA targets)
     report.json                        what was measured on this artifact
 
 Safetensors and JSON only. The manifest names no path outside the directory and no code to import.
@@ -14,7 +15,7 @@ Loading checks schema, sizes and hashes before anything is used.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -74,6 +75,7 @@ def write_artifact(
     programs: Mapping[str, Mapping[str, Any]],
     report: Mapping[str, Any],
     pretrained: Any,
+    more: Callable[[Path], None] = lambda directory: None,
 ) -> Artifact:
     """Write an artifact, whole or not at all.
 
@@ -85,6 +87,7 @@ def write_artifact(
         report: What was measured while compiling.
         pretrained: Objects with `save_pretrained`: the model's config, its generation config,
             tokenizer.
+        more: Writes what the target needs besides.
 
     Returns:
         The artifact.
@@ -108,6 +111,7 @@ def write_artifact(
         (new / "programs").mkdir()
         for name, program in programs.items():
             (new / "programs" / f"{name}.json").write_text(json.dumps(program))
+        more(new)
         (new / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         files = {
             path.relative_to(new).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -46,6 +46,9 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What compile wrote.")]
+AllowJit = Annotated[
+    bool, typer.Option("--allow-jit", help="Run on another GPU than the target's.")
+]
 Output = Annotated[Path | None, typer.Option(help="Directory to write.", show_default=False)]
 Data = Annotated[
     str, typer.Option(metavar="NAME|FILE", help="pydoc, self, a file, or a hub data set.")
@@ -208,6 +211,9 @@ def compile_(
     dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's half type, or bf16) | fp32 | bf16 | fp16")
     ] = "auto",
+    batch_sizes: Annotated[
+        str, typer.Option(help="Batches that CUDA targets decode, each with kernels of its own.")
+    ] = "1,2,4,8",
     model: Annotated[
         str | None, typer.Option(help="The model, where the calibration's name no longer finds it.")
     ] = None,
@@ -220,6 +226,7 @@ def compile_(
     policy = _policy(sparsity, head_sparsity, neuron_sparsity, budget, scope, refresh)
     _choice("dtype", dtype, ("auto", *DTYPES))
     _choice("predictor", predictor or "static", ("static",))
+    batches = _batch_sizes(batch_sizes)
     with _busy("loading"):
         from shadowc import budget as budgets
         from shadowc import compiler, targets
@@ -259,10 +266,21 @@ def compile_(
             target=target,
             dtype=stored,
             max_seq_len=max_seq_len,
+            batch_sizes=batches,
             extra={"budget": {"kind": budget, "sparsity": sparsity}},
             dump=dump,
         )
     return {"output": str(output), "target": target, **artifact.report()["compile"]}
+
+
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    found = tuple(int(part) for part in _split(text) if part.isascii() and part.isdigit())
+    if len(found) != len(_split(text)) or not found or not all(1 <= n <= 16 for n in found):
+        raise OptionError(
+            f"--batch-sizes {text!r} is not understood",
+            expected="numbers from 1 to 16, such as 1,2,4,8",
+        )
+    return found
 
 
 def _policy(
@@ -348,6 +366,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: int = 0,
+    allow_jit: AllowJit = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
@@ -356,7 +375,7 @@ def run(
         from shadowc.runtime.loading import load
         from shadowc.runtime.streaming import generate
 
-        model = load(artifact)
+        model = load(artifact, allow_jit=allow_jit)
     show = None if as_json else functools.partial(print, end="", flush=True)
     result = generate(
         model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, show=show
@@ -555,7 +574,7 @@ def targets(as_json: AsJson = False, debug: Debug = False) -> Result:
     """List what can be compiled for."""
     from shadowc.targets import TARGETS, load_target
 
-    known = {name: load_target(name).DESCRIPTION for name in TARGETS}
+    known = {name: load_target(name).description for name in TARGETS}
     return {"targets": [{"target": name, "what": what} for name, what in known.items()]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ def compile_model(
     target: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     max_seq_len: int | None = None,
+    batch_sizes: Sequence[int] = (1,),
     extra: dict[str, Any] | None = None,
     dump: Path | None = None,
 ) -> artifacts.Artifact:
@@ -55,6 +57,7 @@ def compile_model(
         target: Name of a target.
         dtype: Type of the stored matrices.
         max_seq_len: S, prompt and generation together; the model's own limit by default.
+        batch_sizes: Batches whose decode steps a CUDA artifact holds kernels for.
         extra: More entries for the manifest.
         dump: Directory for the graphs after every pass.
 
@@ -83,7 +86,7 @@ def compile_model(
         max_seq_len or loaded.shape.max_positions,
         predictor_bytes=built.predictor_bytes,
     )
-    checked = check_numerics(session, loaded)
+    checked = check_numerics(backend.check_session(session), loaded, backend.tolerances(dtype))
 
     manifest = {
         "model": vars(loaded.source),
@@ -93,6 +96,7 @@ def compile_model(
         "target": target,
         "dtype": str(dtype).removeprefix("torch."),
         "max_seq_len": session.max_seq_len,
+        "batch_sizes": list(batch_sizes),
         "predictor_bytes": built.predictor_bytes,
         "versions": versions(),
         **(extra or {}),
@@ -104,6 +108,7 @@ def compile_model(
         programs={name: program.to_json() for name, program in built.programs.items()},
         report={"compile": checked | {"seconds": round(time.perf_counter() - began, 1)}},
         pretrained=(loaded.model.config, loaded.model.generation_config, loaded.tokenizer),
+        more=partial(backend.save, session, batch_sizes),
     )
 
 
@@ -122,7 +127,7 @@ def build_programs(
     loaded: LoadedModel,
     calibration: Calibration | None,
     policy: Policy,
-    backend: Any,
+    backend: targets.Target,
     dtype: torch.dtype,
     dump: Path | None = None,
 ) -> Built:
@@ -133,7 +138,7 @@ def build_programs(
         loaded: The model it came from.
         calibration: What chooses the units.
         policy: How many units run.
-        backend: The target's module.
+        backend: The target.
         dtype: Type of the stored matrices.
         dump: Directory for the graphs.
     """

@@ -30,6 +30,9 @@ _ABI = 1
 _BUILD = "run `pip install -e .` or `python setup.py build_ext --inplace` (needs a C++20 compiler)"
 _LIBRARY = torch.library.Library("shadowc", "FRAGMENT")
 
+CUDA_LAUNCHERS: dict[str, Callable[..., Any]] = {}
+"""What runs an op on CUDA, by the op's name: for finding out what it launches without a GPU."""
+
 
 @functools.cache
 def library() -> ctypes.CDLL:
@@ -74,11 +77,19 @@ def isa() -> str:
     return name.decode()
 
 
-def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Registers an op of the domain `shadowc` with its CPU launcher and its fake."""
+def register(
+    schema: str,
+    launcher: Callable[..., Any],
+    fake: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+) -> None:
+    """Registers an op of the domain `shadowc` with its CPU launcher, its fake and its CUDA one."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, launcher, "CPU")
+    if cuda is not None:
+        _LIBRARY.impl(name, cuda, "CUDA")
+        CUDA_LAUNCHERS[name] = cuda
     torch.library.register_fake(f"shadowc::{name}", fake, lib=_LIBRARY)
 
 
@@ -133,6 +144,16 @@ def check_rank(name: str, tensor: Tensor, rank: int) -> None:
         raise KernelError(
             f"argument {name!r} does not fit",
             expected=f"{rank} dimensions",
+            got=list(tensor.shape),
+        )
+
+
+def check_one_token(name: str, tensor: Tensor, width: int) -> None:
+    """Refuses a tensor that is not contiguous [B, 1, width]."""
+    if tensor.shape[1:] != (1, width) or not tensor.is_contiguous():
+        raise KernelError(
+            f"argument {name!r} does not fit",
+            expected=f"[B, 1, {width}], contiguous: one token of each row",
             got=list(tensor.shape),
         )
 
@@ -192,4 +213,5 @@ def keep_mask(index: Tensor | None, count: Tensor | None, units: int) -> Tensor 
     valid = torch.arange(units, device=index.device) < count[:, None]
     # Entries past the count land in a column that is cut off.
     places = torch.where(valid, index.long(), units)
-    return torch.zeros(len(index), units + 1, dtype=torch.bool).scatter(1, places, True)[:, :units]
+    mask = torch.zeros(len(index), units + 1, dtype=torch.bool, device=index.device)
+    return mask.scatter(1, places, True)[:, :units]

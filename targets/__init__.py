@@ -1,20 +1,27 @@
-"""The targets, one family a file: `requires`, `lower`, and what the numbers in tables call it."""
+"""The targets, one family a file: what each requires, how it lowers, saves and loads."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
 
 from shadowc.errors import OptionError
 
 if TYPE_CHECKING:
-    from torch import fx
+    import torch
+    from torch import Tensor, fx
 
-#: Target name -> the module that lowers for it. Modules are imported when they are asked for.
-TARGETS = {"cpu": "shadowc.targets.cpu"}
+    from shadowc.config import Policy
+    from shadowc.runtime.program import Program
+    from shadowc.runtime.session import Session
+
+#: Target name -> the module whose `make(name)` gives it, imported when it is asked for.
+TARGETS = {"cpu": "shadowc.targets.cpu"} | dict.fromkeys(
+    ("a100", "h100", "h200", "l4", "rtx4090"), "shadowc.targets.cuda"
+)
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,87 @@ class Dialects:
     masked: Callable[[], fx.GraphModule]
 
 
-def load_target(name: str) -> ModuleType:
-    """The module of a target.
+@dataclass(frozen=True)
+class Tolerances:
+    """How far a target's programs may be from what they were made from.
+
+    Attributes:
+        decode: Decode against masked program with the same masks, as a share of the largest logit.
+        original: Dense program against the original model, once weights were rounded.
+        masks: Share of units whose mask may differ.
+    """
+
+    decode: float
+    original: float
+    masks: float
+
+
+class Target(Protocol):
+    """One target: hardware and runtime."""
+
+    name: str
+    description: str
+
+    def tolerances(self, dtype: torch.dtype) -> Tolerances:
+        """How far programs may be off with weights of that type."""
+
+    def requires(self) -> None:
+        """Raise KernelError unless this machine can compile for the target."""
+
+    def lower(
+        self,
+        dialects: Dialects,
+        policy: Policy,
+        *,
+        sparse: bool,
+        static: bool,
+        relu: bool,
+        dtype: torch.dtype,
+        dump: Path | None = None,
+    ) -> tuple[dict[str, Program], dict[str, Tensor]]:
+        """Lower every program that an artifact of this target runs.
+
+        Args:
+            dialects: The graph before lowering.
+            policy: How many units run.
+            sparse: Whether any unit is ever skipped; otherwise there is no predictor.
+            static: Whether the keep sets are fixed at compile time.
+            relu: Whether activations are often exactly zero, so that `exact` makes sense.
+            dtype: Type of the stored matrices.
+            dump: Directory for the graphs after each pass, a folder a program.
+
+        Returns:
+            Programs by name (see `runtime.session.PROGRAMS`) and the tensors that they share.
+        """
+
+    def check_session(self, session: Session) -> Session:
+        """Where compile checks the programs: the target's device if it is here."""
+
+    def save(self, session: Session, batch_sizes: Sequence[int], directory: Path) -> None:
+        """Write what the target needs besides programs and tensors."""
+
+    def serve(
+        self, session: Session, directory: Path, batch_sizes: Sequence[int], *, allow_jit: bool
+    ) -> Session:
+        """The session on the target's device.
+
+        Args:
+            session: Programs and tensors of an artifact.
+            directory: The artifact.
+            batch_sizes: Batches that its steps were compiled for.
+            allow_jit: Compile kernels for another GPU than the target's.
+
+        Raises:
+            KernelError: If this machine cannot run the target.
+        """
+
+
+def load_target(name: str) -> Target:
+    """The target of that name.
 
     Raises:
         OptionError: If there is no such target.
     """
     if name not in TARGETS:
         raise OptionError(f"unknown target {name!r}", expected=", ".join(TARGETS), got=name)
-    return importlib.import_module(TARGETS[name])
+    return cast(Target, importlib.import_module(TARGETS[name]).make(name))

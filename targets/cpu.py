@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,71 +18,87 @@ from shadowc.passes.fuse_sparse_mlp import fuse_sparse_mlp
 from shadowc.passes.last_logits import last_logits
 from shadowc.passes.lower_linear import lower_linear
 from shadowc.passes.manager import Pass, run_passes
-from shadowc.passes.pack_weights import Packed, pack_weights
+from shadowc.passes.pack_weights import Packed, Types, pack_weights
 from shadowc.runtime.program import Program, to_program
-from shadowc.targets import Dialects
-
-NAME = "cpu"
-DESCRIPTION = "any x86-64 or aarch64 CPU: native kernels, weights in fp32, bf16 or fp16"
+from shadowc.runtime.session import Session
+from shadowc.targets import Dialects, Tolerances
 
 
-def requires() -> None:
-    """Raise KernelError unless this machine can run the target's programs."""
-    native.library()
+class CpuTarget:
+    """Any CPU; see `targets.Target` for the methods."""
+
+    name = "cpu"
+    description = "any x86-64 or aarch64 CPU: native kernels, weights in fp32, bf16 or fp16"
+
+    def tolerances(self, dtype: torch.dtype) -> Tolerances:
+        """Activations are fp32 whatever the weights: only summation orders differ."""
+        return Tolerances(decode=1e-3, original=0.1, masks=1e-3)
+
+    def requires(self) -> None:
+        """Raise KernelError unless the native library can be loaded."""
+        native.library()
+
+    def lower(
+        self,
+        dialects: Dialects,
+        policy: Policy,
+        *,
+        sparse: bool,
+        static: bool,
+        relu: bool,
+        dtype: torch.dtype,
+        dump: Path | None = None,
+    ) -> tuple[dict[str, Program], Packed]:
+        """Lower every program; see `targets.Target.lower`."""
+        packed, types = Packed(), Types(dtype)
+        programs: dict[str, Program] = {}
+
+        def add(name: str, module: fx.GraphModule, passes: tuple[Pass, ...]) -> None:
+            run_passes(module, passes, dump=dump / name if dump else None)
+            masked = ("logits", "head_mask", "neuron_mask") if sparse else ("logits",)
+            programs[name] = to_program(module, module.meta.get("outputs", masked))
+
+        def lowering(*, skip_zeros: bool = True, hold: bool = False) -> tuple[Pass, ...]:
+            return (
+                fuse_rms_norm,
+                fuse_sparse_attention,  # before the MLP: both fold the residual add that follows
+                partial(fuse_sparse_mlp, skip_zeros=skip_zeros),
+                last_logits,
+                partial(
+                    compact_masks, policy=policy, hold=hold
+                ),  # after fusing: it removes `compact`
+                lower_linear,
+                partial(pack_weights, types=types, packed=packed),  # last: it binds what is left
+            )
+
+        add("dense", dialects.plain(), lowering(skip_zeros=False))
+        if relu:
+            add("exact", dialects.plain(), lowering())
+        if sparse and not static:
+            add("decode", dialects.masked(), lowering())
+        if sparse and (static or policy.refresh != 1):
+            add("hold", dialects.masked(), lowering(hold=True))
+        if sparse and not static and policy.refresh != 1:
+            add("prefill", dialects.scored(), lowering(skip_zeros=False))
+        masked = dialects.masked() if sparse else dialects.plain()
+        add("masked", masked, (partial(pack_weights, types=types, packed=packed),))
+        return programs, packed
+
+    def check_session(self, session: Session) -> Session:
+        """The session as it is."""
+        return session
+
+    def save(self, session: Session, batch_sizes: Sequence[int], directory: Path) -> None:
+        """Nothing: the native library belongs to the package."""
+
+    def serve(
+        self, session: Session, directory: Path, batch_sizes: Sequence[int], *, allow_jit: bool
+    ) -> Session:
+        """The session as it is; the native library must be there."""
+        native.library()
+        return session
 
 
-def lower(
-    dialects: Dialects,
-    policy: Policy,
-    *,
-    sparse: bool,
-    static: bool,
-    relu: bool,
-    dtype: torch.dtype,
-    dump: Path | None = None,
-) -> tuple[dict[str, Program], Packed]:
-    """Lower every program that an artifact of this target runs.
-
-    Args:
-        dialects: The graph before lowering.
-        policy: How many units run.
-        sparse: Whether any unit is ever skipped; otherwise there is no predictor.
-        static: Whether the keep sets are fixed at compile time.
-        relu: Whether activations are often exactly zero, so that `exact` makes sense.
-        dtype: Type of the stored matrices.
-        dump: Directory for the graphs after each pass, a folder a program.
-
-    Returns:
-        Programs by name (see `runtime.session.PROGRAMS`) and the tensors that they share.
-    """
-    packed: Packed = {}
-    programs: dict[str, Program] = {}
-
-    def add(name: str, module: fx.GraphModule, passes: tuple[Pass, ...]) -> None:
-        run_passes(module, passes, dump=dump / name if dump else None)
-        masked = ("logits", "head_mask", "neuron_mask") if sparse else ("logits",)
-        programs[name] = to_program(module, module.meta.get("outputs", masked))
-
-    def lowering(*, skip_zeros: bool = True, hold: bool = False) -> tuple[Pass, ...]:
-        return (
-            fuse_rms_norm,
-            fuse_sparse_attention,  # before the MLP: both fold the residual add that follows them
-            partial(fuse_sparse_mlp, skip_zeros=skip_zeros),
-            last_logits,
-            partial(compact_masks, policy=policy, hold=hold),  # after fusing: it removes `compact`
-            lower_linear,
-            partial(pack_weights, dtype=dtype, packed=packed),  # last: it binds what is left
-        )
-
-    add("dense", dialects.plain(), lowering(skip_zeros=False))
-    if relu:
-        add("exact", dialects.plain(), lowering())
-    if sparse and not static:
-        add("decode", dialects.masked(), lowering())
-    if sparse and (static or policy.refresh != 1):
-        add("hold", dialects.masked(), lowering(hold=True))
-    if sparse and not static and policy.refresh != 1:
-        add("prefill", dialects.scored(), lowering(skip_zeros=False))
-    masked = dialects.masked() if sparse else dialects.plain()
-    add("masked", masked, (partial(pack_weights, dtype=dtype, packed=packed),))
-    return programs, packed
+def make(name: str) -> CpuTarget:
+    """The target."""
+    return CpuTarget()

@@ -55,11 +55,13 @@ def teacher_forced(
     causal = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(batch, 1, -1, -1)
     inputs = [ids, torch.arange(tokens).expand(batch, -1), causal]
     if masks is not None:
-        return session.run("given_masks", *inputs, *masks)
+        results = session.run("given_masks", *inputs, *masks)
+        return {name: value.to(ids.device) for name, value in results.items()}
     if "mask_source" in session.programs["masked"].inputs:
         source = mask_source(tokens, prompt=prompt, refresh=session.policy.refresh)
         inputs.append(source.expand(batch, -1))
-    return session.run("masked", *inputs)
+    results = session.run("masked", *inputs)
+    return {name: value.to(ids.device) for name, value in results.items()}
 
 
 def with_given_masks(program: Program) -> Program:

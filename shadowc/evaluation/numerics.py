@@ -12,6 +12,7 @@ from shadowc.errors import NumericsError
 from shadowc.evaluation.masks import teacher_forced, with_given_masks
 from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
+from shadowc.targets import Tolerances
 
 if TYPE_CHECKING:
     from shadowc.models import LoadedModel
@@ -22,21 +23,16 @@ TEXT = (
     "before she saw the light of the old house, and somebody at the door who seemed to wait."
 )
 PROMPT_TOKENS = 8
-#: Largest error, as a share of the largest logit: programs with the same weights and masks.
-TOLERANCE = 1e-3
-#: The same against the original model when storing the weights in half precision rounded them.
-ROUNDED_TOLERANCE = 0.1
-#: Largest share of units whose mask may differ: scores that are equal up to summation order.
-MASK_TOLERANCE = 1e-3
 
 
 @torch.inference_mode()
-def check_numerics(session: Session, loaded: LoadedModel) -> dict[str, Any]:
+def check_numerics(session: Session, loaded: LoadedModel, tolerances: Tolerances) -> dict[str, Any]:
     """Compare the programs on text, token by token where they decode.
 
     Args:
         session: The lowered programs.
         loaded: The original model.
+        tolerances: Those of the target.
 
     Returns:
         `max_abs_error` (decode against masked, same masks), `mask_mismatch` (share of units),
@@ -52,14 +48,13 @@ def check_numerics(session: Session, loaded: LoadedModel) -> dict[str, Any]:
 
     original = loaded.model(input_ids=ids).logits.float()
     scale = float(original.abs().max())
-    dense = session.step(ids, session.new_cache(1, tokens), program="dense")["logits"]
+    dense = session.step(ids, session.new_cache(1, tokens), program="dense")["logits"].cpu()
     dense_error = float((dense[:, -1] - original[:, -1]).abs().max())
     rounded = loaded.model.dtype != torch.float32 or any(
         _was_rounded(session, name, value) for name, value in _matrices(loaded)
     )
-    _check(
-        "dense", "original model", dense_error, ROUNDED_TOLERANCE if rounded else TOLERANCE, scale
-    )
+    allowed = tolerances.original if rounded else tolerances.decode
+    _check("dense", "original model", dense_error, allowed, scale)
 
     cache = session.new_cache(1, tokens)
     usage = Usage.of(session)
@@ -68,8 +63,8 @@ def check_numerics(session: Session, loaded: LoadedModel) -> dict[str, Any]:
     for token in range(prompt, tokens):
         results = session.step(ids[:, token : token + 1], cache)
         usage.add(results)
-        logits.append(results["logits"][:, 0])
-        keeps.append(dict(cache.keep))
+        logits.append(results["logits"][:, 0].cpu())
+        keeps.append({name: value.cpu() for name, value in cache.keep.items()})
     decoded = torch.stack(logits, dim=1)
 
     taught = teacher_forced(session, ids, prompt=prompt)
@@ -78,21 +73,21 @@ def check_numerics(session: Session, loaded: LoadedModel) -> dict[str, Any]:
         heads, neurons = masks_of(keeps, session.shape, prompt)
         wrong = (heads != taught["head_mask"]).sum() + (neurons != taught["neuron_mask"]).sum()
         mismatch = float(wrong) / ((heads.numel() + neurons.numel()) * (1 - prompt / tokens))
-        if mismatch > MASK_TOLERANCE:
+        if mismatch > tolerances.masks:
             raise NumericsError(
                 "the decode program selects other units than the masked program",
-                expected=f"at most {MASK_TOLERANCE:.2%} of all units",
+                expected=f"at most {tolerances.masks:.2%} of all units",
                 got=f"{mismatch:.2%}",
             )
         session = session.with_program("given_masks", with_given_masks(session.programs["masked"]))
         taught = teacher_forced(session, ids, prompt=prompt, masks=(heads, neurons))
     error = float((decoded - taught["logits"][:, prompt:]).abs().max())
-    _check("decode", "masked program", error, TOLERANCE, scale)
+    _check("decode", "masked program", error, tolerances.decode, scale)
     return {
         "max_abs_error": error,
         "mask_mismatch": mismatch,
         "original_max_abs_error": dense_error,
-        "tolerance": TOLERANCE * scale,
+        "tolerance": tolerances.decode * scale,
         **usage.to_json(),
     }
 
@@ -143,7 +138,7 @@ def _was_rounded(session: Session, name: str, value: Tensor) -> bool:
         if stored is None:
             return False
         stored = stored.t()
-    return not torch.equal(stored.to(value.dtype), value)
+    return not torch.equal(stored.to("cpu", value.dtype), value)
 
 
 def _check(what: str, against: str, error: float, tolerance: float, scale: float) -> None:

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 _KEEP = "keep."
 
 
-def load(path: str | Path) -> ShadowModel:
+def load(path: str | Path, *, allow_jit: bool = False) -> ShadowModel:
     """Load an artifact after checking its schema, sizes and hashes.
 
     Args:
         path: The directory that `shadowc compile` wrote.
+        allow_jit: Run on another GPU than the target's, with kernels compiled here (needs Triton).
 
     Returns:
         A model for transformers' `generate`, with its `tokenizer`.
@@ -38,7 +39,7 @@ def load(path: str | Path) -> ShadowModel:
     from shadowc.runtime.model import ShadowModel
 
     artifact = open_artifact(path)
-    session = load_session(artifact)
+    session = load_session(artifact, allow_jit=allow_jit)
     try:
         config = AutoConfig.from_pretrained(artifact.path)
         generation = GenerationConfig.from_pretrained(artifact.path)
@@ -52,18 +53,19 @@ def load(path: str | Path) -> ShadowModel:
     return ShadowModel(config, generation, session, artifact.manifest, tokenizer)
 
 
-def load_session(artifact: Artifact) -> Session:
+def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
     """The bare step function of an artifact, without tokenizer or transformers."""
     manifest = artifact.manifest
     try:
         shape, policy = ModelShape(**manifest["shape"]), Policy(**manifest["policy"])
         target, length = manifest["target"], int(manifest["max_seq_len"])
         predictor_bytes = float(manifest["predictor_bytes"])
+        batches = tuple(int(size) for size in manifest.get("batch_sizes", (1,)))
     except (KeyError, TypeError) as error:
         raise ArtifactError(
             f"{artifact.path / 'manifest.json'} is not a manifest of this version", got=error
         ) from error
-    load_target(target).requires()
+    backend = load_target(target)  # before the programs: it registers the ops that they call
     tensors = artifact.tensors()
     keep = {
         name.removeprefix(_KEEP): value for name, value in tensors.items() if name.startswith(_KEEP)
@@ -73,4 +75,5 @@ def load_session(artifact: Artifact) -> Session:
         for name, value in artifact.programs().items()
     }
     with torch.inference_mode():
-        return Session(shape, policy, programs, tensors, keep, length, predictor_bytes)
+        session = Session(shape, policy, programs, tensors, keep, length, predictor_bytes)
+        return backend.serve(session, artifact.path, batches, allow_jit=allow_jit)

@@ -47,7 +47,7 @@ class ShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     @property
     def device(self) -> torch.device:
         """Where inputs belong."""
-        return torch.device("cpu")
+        return self.session.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,7 +133,7 @@ def padding(attention_mask: Tensor) -> Tensor:
     """
     mask = attention_mask.to(torch.int64)
     start = mask.shape[1] - mask.sum(dim=1)
-    slots = torch.arange(mask.shape[1])
+    slots = torch.arange(mask.shape[1], device=mask.device)
     if not torch.equal(mask, (slots >= start[:, None]).to(torch.int64)):
         raise OptionError(
             "the attention mask has padding that is not on the left",

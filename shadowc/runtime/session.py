@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,12 +17,16 @@ from shadowc.runtime.program import Program
 #: Names of an artifact's programs, and what each is for.
 PROGRAMS = {
     "dense": "any number of tokens, every unit: prefill, and the dense baseline",
+    "full": "one token, every unit, with the kernels of the sparse programs (CUDA)",
     "exact": "one token, every unit, rows of exactly zero activations not read",
     "prefill": "as dense, and the keep sets that the last token's feature gives",
     "decode": "one token: predictor, selection, sparse ops",
     "hold": "one token, sparse ops with keep sets that are given",
     "masked": "whole sequences with 0/1 masks in plain aten: the semantics, for evaluation",
 }
+
+#: How the names of keep sets begin among a program's results.
+KEEP_PREFIXES = ("head_", "neuron_")
 
 
 class Session:
@@ -52,19 +57,35 @@ class Session:
         self.programs, self.tensors, self.static_keep = programs, tensors, dict(keep)
         self._bound: dict[str, Callable[..., tuple[Any, ...]]] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where programs run and caches live."""
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:
+        """Wait until everything that was started is done."""
+
     def run(self, name: str, *inputs: Tensor) -> dict[str, Any]:
         """Run one program by name and return its results by name.
+
+        Inputs may be on any device; results are on the session's.
 
         Raises:
             ArtifactError: If the artifact has no such program.
         """
-        program = self._program(name)
+        program = self.program(name)
         bound = self._bound.get(name)
         if bound is None:
             bound = self._bound[name] = program.bind(self.tensors)
-        return dict(zip(program.outputs, bound(*inputs), strict=True))
+        here = (value.to(self.device) for value in inputs)
+        return dict(zip(program.outputs, bound(*here), strict=True))
 
-    def _program(self, name: str) -> Program:
+    def program(self, name: str) -> Program:
+        """A program by name.
+
+        Raises:
+            ArtifactError: If the artifact has no such program.
+        """
         if name not in self.programs:
             raise ArtifactError(
                 f"the artifact has no program {name!r}", expected=", ".join(self.programs)
@@ -73,10 +94,10 @@ class Session:
 
     def with_program(self, name: str, program: Program) -> Session:
         """The same artifact with one more program."""
-        return Session(
-            self.shape, self.policy, {**self.programs, name: program}, self.tensors,
-            self.static_keep, self.max_seq_len, self.predictor_bytes,
-        )  # fmt: skip
+        other = copy.copy(self)
+        other.programs = {**self.programs, name: program}
+        other._bound = {}
+        return other
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` (default S) tokens."""
@@ -107,7 +128,7 @@ class Session:
         batch, tokens = ids.shape
         cache.check_room(tokens)
         prompt = tokens > 1 or cache.length == 0
-        name = program or (self._prefill if prompt else self._decode(cache))
+        name = program or (self.prompt_program if prompt else self.step_program(cache))
         slots = torch.arange(cache.length, cache.length + tokens)
         positions = (slots - cache.start[:, None]).clamp_(min=0)
         arguments = {
@@ -117,27 +138,29 @@ class Session:
             "position": slots[:1],
             **cache.keep,
         }
-        inputs = self._program(name).inputs
+        inputs = self.program(name).inputs
         named = [arguments[key] for key in inputs[: len(inputs) - len(cache.tensors)]]
         results = self.run(name, *named, *cache.tensors)
         cache.length += tokens
         cache.steps = 0 if prompt else cache.steps + 1
-        cache.keep |= {key: value for key, value in results.items() if key.startswith(_KEEP)}
+        cache.keep |= {
+            key: value for key, value in results.items() if key.startswith(KEEP_PREFIXES)
+        }
         return results
 
     @property
-    def _prefill(self) -> str:
+    def prompt_program(self) -> str:
+        """Name of the program that a prompt runs."""
         predicted = self.policy.refresh != 1 and not self.static_keep
         sparse = self.policy.head_sparsity > 0 or self.policy.neuron_sparsity > 0
         return "prefill" if predicted and sparse else "dense"
 
-    def _decode(self, cache: KVCache) -> str:
+    def step_program(self, cache: KVCache) -> str:
+        """Name of the program that the next token of a cache runs."""
         policy = self.policy
         if policy.head_sparsity == policy.neuron_sparsity == 0:
-            return "exact" if "exact" in self.programs else "dense"  # SwiGLU has no exact zeros
+            # SwiGLU has no exact zeros.
+            return next(name for name in ("exact", "full", "dense") if name in self.programs)
         if self.static_keep:
             return "hold"
         return "decode" if policy.refresh and cache.steps % policy.refresh == 0 else "hold"
-
-
-_KEEP = ("head_", "neuron_")

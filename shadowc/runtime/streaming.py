@@ -62,7 +62,7 @@ def generate(
         LengthError: If prompt and new tokens do not fit in the compiled length.
     """
     torch.manual_seed(seed)
-    inputs = model.tokenizer(prompt, return_tensors="pt")
+    inputs = model.tokenizer(prompt, return_tensors="pt").to(model.device)
     streamer = TimedStreamer(model.tokenizer, show)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature}
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -53,6 +53,7 @@ class Usage:
         shape = self.shape
         batch = results["logits"].shape[0]
         self.tokens += batch
+        results = {name: value.cpu() for name, value in results.items() if name != "logits"}
         heads = torch.full((shape.layers,), float(shape.heads * batch), dtype=torch.float64)
         if "head_count" in results:
             heads[1:] = results["head_count"].sum(dim=1, dtype=torch.float64)
@@ -61,7 +62,9 @@ class Usage:
             self.neurons += results["neuron_count"].sum(dim=1, dtype=torch.float64)
         else:
             self.neurons += shape.ffn * batch
-        self.rows += torch.stack([results[f"rows_{i}"].sum() for i in range(shape.layers)])
+        every = torch.tensor(shape.ffn * batch)  # a program that does not say reads them all
+        rows = (results.get(f"rows_{i}", every).sum() for i in range(shape.layers))
+        self.rows += torch.stack(list(rows))
 
     @property
     def head_sparsity(self) -> float:

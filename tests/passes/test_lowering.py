@@ -14,7 +14,7 @@ from shadowc.passes.fuse_sparse_mlp import fuse_sparse_mlp
 from shadowc.passes.last_logits import last_logits
 from shadowc.passes.lower_linear import lower_linear
 from shadowc.passes.manager import run_passes
-from shadowc.passes.pack_weights import pack_weights
+from shadowc.passes.pack_weights import Types, pack_weights
 
 aten, ops = torch.ops.aten, torch.ops.shadowc
 POLICY = Policy(0.4, 0.5, min_neurons=2)
@@ -187,11 +187,10 @@ def test_lower_linear(tiny):
 def test_pack_weights(tiny, dtype):
     lowering = (fuse_rms_norm, fuse_sparse_attention, fuse_sparse_mlp, last_logits, lower_linear)
     packed = {}
-    module = run_passes(
-        tiny.graph("find_blocks"), (*lowering, partial(pack_weights, dtype=dtype, packed=packed))
-    )
+    pack = partial(pack_weights, types=Types(dtype), packed=packed)
+    module = run_passes(tiny.graph("find_blocks"), (*lowering, pack))
     assert count(module, aten.t.default) == 0
-    assert not pack_weights(module, dtype=dtype, packed=packed)
+    assert not pack_weights(module, types=Types(dtype), packed=packed)
     turned = [name for name in packed if name.endswith("_t")]
     assert len(turned) == 6  # out and second projection of each layer
     for name, value in packed.items():
@@ -203,7 +202,7 @@ def test_pack_weights(tiny, dtype):
     assert sum(v.numel() for v in packed.values()) - buffers == total  # each weight once
 
     masked = run_passes(
-        tiny.graph("find_blocks"), (partial(pack_weights, dtype=dtype, packed=packed),)
+        tiny.graph("find_blocks"), (partial(pack_weights, types=Types(dtype), packed=packed),)
     )
     ids = tiny.ids()
     lowered = module(*state(tiny, ids), *caches(tiny, 2))[0]

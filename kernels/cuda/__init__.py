@@ -1,0 +1,1 @@
+"""Triton kernels and what launches them, one op a file. Free of imports: see CONTRIBUTING.md."""

@@ -1,0 +1,156 @@
+"""An MLP for one token: a neuron's rows of both matrices in one go, then the sum over programs.
+
+    h_u  = act( norm(x) . w1[u] + b1[u] ) [* norm(x) . w_up[u]]        for kept neurons u
+    y[c] = residual[c] + b2[c] + sum_u h_u * w2t[u, c]
+
+A program owns a stretch of the kept neurons. It reads a few rows of w1, and of w2t only the rows
+whose h is not exactly zero, which it knows by then. Its sum over its own neurons is a row of
+`partial`, and a second kernel adds the rows in a fixed order: the result is the same in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shadowc.cuda import launch, profile
+from shadowc.kernels.cuda.blocks import (
+    activate,
+    dots,
+    follow,
+    leave,
+    moments,
+    normalise,
+    rows_of,
+    tile,
+)
+from shadowc.kernels.cuda.project import tile_width
+
+
+@triton.jit
+def mlp_kernel(
+    x_ptr, stats_ptr, w1_ptr, gain_ptr, shift_ptr, up_ptr, w2_ptr, partial_ptr, read_ptr,
+    index_ptr, count_ptr, eps,
+    F: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
+    PARTS: tl.constexpr, ACT: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Partial sums [P, C] and rows of w2t read [P]; grid (P)."""
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    neurons = F
+    if index_ptr is not None:
+        neurons = tl.load(count_ptr)
+    first = (pid.to(tl.int64) * neurons // programs).to(tl.int32)
+    last = ((pid + 1).to(tl.int64) * neurons // programs).to(tl.int32)
+    lane = tl.arange(0, BK)
+    if PDL:
+        follow()
+    mean, scale = moments(stats_ptr, eps, C, NORM, PARTS)
+    sums = ()
+    for _ in tl.static_range(0, C, BK):
+        sums = sums + (tl.zeros([BK], tl.float32),)
+    read = 0
+    for start in range(first, last, BN):
+        slot = start + tl.arange(0, BN)
+        live = slot < last
+        row = rows_of(slot, live, index_ptr, 1)
+        h = dots(w1_ptr, row, live, x_ptr, C, BK)
+        h = activate(normalise(h, row, live, gain_ptr, shift_ptr, mean, scale, NORM), ACT)
+        if up_ptr is not None:
+            up = dots(up_ptr, row, live, x_ptr, C, BK)
+            h *= normalise(up, row, live, None, None, mean, scale, "rms")
+        h = tl.where(live, h, 0.0)
+        if SKIP:
+            live = h != 0
+        read += tl.sum(live.to(tl.int32))
+        new = ()
+        for k in tl.static_range(0, C, BK):
+            w = tile(w2_ptr, row, live, k, lane, C, BK)
+            new = new + (sums[k // BK] + tl.sum(w * h[:, None], axis=0),)
+        sums = new
+    for k in tl.static_range(0, C, BK):
+        tl.store(partial_ptr + pid * C + k + lane, sums[k // BK], mask=k + lane < C)
+    tl.store(read_ptr + pid, read)
+
+
+@triton.jit
+def finish_kernel(
+    partial_ptr, read_ptr, bias_ptr, residual_ptr, gamma_ptr, out_ptr, scaled_ptr, stats_ptr,
+    rows_ptr,
+    P: tl.constexpr, B: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Sum of partial [P, B, C] over P, with bias and residual; grid (C / BC, B)."""
+    block, parts, b = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    cols = block * BC + tl.arange(0, BC)
+    inside = cols < C
+    if PDL:
+        follow()
+    acc = tl.zeros([R, BC], tl.float32)
+    for start in tl.static_range(0, P, R):
+        other = start + tl.arange(0, R)
+        where = partial_ptr + (other * B + b)[:, None] * C + cols[None, :]
+        acc += tl.load(where, mask=(other < P)[:, None] & inside[None, :], other=0.0)
+    y = tl.sum(acc, axis=0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    y += tl.load(residual_ptr + b * C + cols, mask=inside, other=0.0).to(tl.float32)
+    leave(y, cols, inside, block, gamma_ptr, out_ptr + b * C, scaled_ptr + b * C,
+          stats_ptr + b * parts * 2)  # fmt: skip
+    if block == 0:
+        POWER: tl.constexpr = triton.next_power_of_2(P)
+        part = tl.arange(0, POWER)
+        read = tl.load(read_ptr + part * B + b, mask=part < P, other=0)
+        tl.store(rows_ptr + b, tl.sum(read))
+
+
+def finish(
+    partial: Tensor, read: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y fp32 [B, C], scaled [B, C], stats fp32 [B, parts, 2] and rows int32 [B] of [P, B, C]."""
+    programs, batch, columns = partial.shape
+    block = profile().finish_columns
+    parts = triton.cdiv(columns, block)
+    y, stats = (partial.new_empty(size) for size in ((batch, columns), (batch, parts, 2)))
+    scaled, rows = gamma.new_empty(batch, columns), read.new_empty(batch)
+    launch(
+        finish_kernel, (parts, batch),
+        partial, read, bias, residual, gamma, y, scaled, stats, rows,
+        P=programs, B=batch, C=columns, R=min(128, triton.next_power_of_2(programs)), BC=block,
+        warps=4, pdl=True,
+    )  # fmt: skip
+    return y, scaled, stats, rows
+
+
+def mlp(
+    x: Tensor,
+    stats: Tensor,
+    norm: str,
+    eps: float,
+    w1: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    w_up: Tensor | None,
+    w2t: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor,
+    activation: str,
+    skip_zeros: bool,
+    index: Tensor | None,
+    count: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y fp32 [1, C], scaled [1, C], stats fp32 [1, parts, 2], rows int32 [1] for x [C]."""
+    neurons, columns = w1.shape
+    settings = profile()
+    programs = settings.mlp_programs * settings.multiprocessors
+    partial = stats.new_empty(programs, 1, columns)
+    read = stats.new_empty(programs, 1, dtype=torch.int32)
+    launch(
+        mlp_kernel, (programs,),
+        x, stats, w1, gain, shift, w_up, w2t, partial, read, index, count, eps,
+        F=neurons, C=columns, BN=settings.mlp_rows, BK=tile_width(columns), NORM=norm,
+        PARTS=stats.shape[-2], ACT=activation, SKIP=skip_zeros, warps=4, pdl=True,
+    )  # fmt: skip
+    return finish(partial, read, bias, residual, gamma)

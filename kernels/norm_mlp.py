@@ -1,0 +1,157 @@
+"""Norm and MLP over the kept neurons in one go, and what the next norm needs of the result.
+
+    h_u = act( norm(x) . w1[u] + b1[u] ) [* norm(x) . w_up[u]]               for kept neurons u
+    y[b, t, c] = residual[b, t, c] + b2[c] + sum over kept u of h_u * w2t[u, c]
+
+scaled, stats, norm, eps, and w1 [F, C] with gain and shift as in `norm_linear`; w_up [F, C] or None
+(a gated MLP: `rms`, no biases); w2t [F, C]; b2 [C] or None; residual [B, 1, C]; gamma [C], of the
+norm that follows; activation relu | silu | gelu. With `skip_zeros` rows of w2t whose h_u is exactly
+0 are not read. index int32 [B, F] ascending, of which the first count[b] (int32 [B]) count; both
+None = all neurons. -> y float32 [B, 1, C]; scaled and stats of y, as `scale` gives them; rows int32
+[B]: rows of w2t that each batch row needed.
+
+Source: as `sparse_mlp` and `sparse_gated_mlp`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shadowc.kernels.norm_linear import norm_linear_reference
+from shadowc.kernels.scale import scale_reference
+from shadowc.native import (
+    activate,
+    activation_code,
+    check_keep,
+    check_one_token,
+    keep_mask,
+    register,
+)
+
+
+def norm_mlp_reference(
+    scaled: Tensor,
+    stats: Tensor,
+    norm: str,
+    eps: float,
+    w1: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    w_up: Tensor | None,
+    w2t: Tensor,
+    b2: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor,
+    activation: str,
+    skip_zeros: bool,
+    index: Tensor | None,
+    count: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op in plain torch."""
+    h = norm_linear_reference(scaled, stats, norm, eps, w1, gain, shift)
+    h = activate(h, activation)
+    if w_up is not None:
+        h = h * norm_linear_reference(scaled, stats, norm, eps, w_up, None, None)
+    mask = keep_mask(index, count, w1.shape[0])
+    kept = torch.ones_like(h, dtype=torch.bool)
+    if mask is not None:
+        kept = kept & mask[:, None]
+        h = h.where(kept, 0.0)
+    y = torch.nn.functional.linear(h, w2t.float().T, None if b2 is None else b2.float())
+    rows = (kept & (h != 0) if skip_zeros else kept).sum((1, 2), dtype=torch.int32)
+    y = y + residual
+    return y, *scale_reference(y, gamma), rows
+
+
+def _norm_mlp(
+    scaled: Tensor,
+    stats: Tensor,
+    norm: str,
+    eps: float,
+    w1: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    w_up: Tensor | None,
+    w2t: Tensor,
+    b2: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor,
+    activation: str,
+    skip_zeros: bool,
+    index: Tensor | None,
+    count: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_one_token("scaled", scaled, w1.shape[1])
+    check_keep(index, count, scaled.shape[0], w1.shape[0])
+    activation_code(activation)
+    return norm_mlp_reference(
+        scaled, stats, norm, eps, w1, gain, shift, w_up, w2t, b2, residual, gamma, activation,
+        skip_zeros, index, count,
+    )  # fmt: skip
+
+
+def _norm_mlp_cuda(
+    scaled: Tensor,
+    stats: Tensor,
+    norm: str,
+    eps: float,
+    w1: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    w_up: Tensor | None,
+    w2t: Tensor,
+    b2: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor,
+    activation: str,
+    skip_zeros: bool,
+    index: Tensor | None,
+    count: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from shadowc.kernels.cuda.batch import mlp_rows
+    from shadowc.kernels.cuda.mlp import mlp
+
+    check_one_token("scaled", scaled, w1.shape[1])
+    check_keep(index, count, scaled.shape[0], w1.shape[0])
+    activation_code(activation)
+    run, x = (mlp, scaled[0, 0]) if scaled.shape[0] == 1 else (mlp_rows, scaled[:, 0])
+    y, following, next_stats, rows = run(
+        x, stats, norm, eps, w1, gain, shift, w_up, w2t, b2, residual[:, 0], gamma, activation,
+        skip_zeros, index, count,
+    )  # fmt: skip
+    return y[:, None], following[:, None], next_stats, rows
+
+
+def _norm_mlp_fake(
+    scaled: Tensor,
+    stats: Tensor,
+    norm: str,
+    eps: float,
+    w1: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    w_up: Tensor | None,
+    w2t: Tensor,
+    b2: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor,
+    activation: str,
+    skip_zeros: bool,
+    index: Tensor | None,
+    count: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch = scaled.shape[0]
+    y, next_stats = (stats.new_empty(s) for s in (scaled.shape, (batch, 1, 2)))
+    return y, gamma.new_empty(scaled.shape), next_stats, stats.new_empty(batch, dtype=torch.int32)
+
+
+register(
+    "norm_mlp(Tensor scaled, Tensor stats, str norm, float eps, Tensor w1, Tensor? gain, "
+    "Tensor? shift, Tensor? w_up, Tensor w2t, Tensor? b2, Tensor residual, Tensor gamma, "
+    "str activation, bool skip_zeros, Tensor? index, Tensor? count) "
+    "-> (Tensor y, Tensor scaled_y, Tensor stats_y, Tensor rows)",
+    _norm_mlp,
+    _norm_mlp_fake,
+    cuda=_norm_mlp_cuda,
+)

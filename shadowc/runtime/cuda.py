@@ -1,0 +1,228 @@
+"""A session on a GPU: decode steps are CUDA graphs over a static cache, prompts run op by op.
+
+A step is one graph launch: token, position, keep sets and cache have fixed addresses, and nothing
+in it waits for the host. So caches are memory that a session owns and lends to one batch after the
+other, with the graphs that were captured over it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowc.config import ModelShape
+from shadowc.errors import LengthError
+from shadowc.runtime.cache import KVCache
+from shadowc.runtime.session import KEEP_PREFIXES, Session
+
+#: Programs of one token that are captured.
+STEPS = ("decode", "hold", "exact", "full")
+_WARM_UPS = 2
+
+
+class Memory:
+    """What the graphs of one batch size read and write, and the graphs themselves.
+
+    Attributes:
+        tensors: Key and value caches of the layers, [rows, G, S, D] in the type of the weights.
+        ids: int64 [rows, 1], the token of the next step.
+        start: int64 [rows], first slot of each row that is not padding.
+        position: int64 [1], slot of the next token.
+        keep: Keep sets of the last step, by the names that programs give them.
+        graphs: For each program the captured graph and its results.
+    """
+
+    def __init__(
+        self, shape: ModelShape, rows: int, slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        size = (rows, shape.kv_heads, slots, shape.head_dim)
+        self.rows, self.slots = rows, slots
+        self.tensors = [
+            torch.zeros(size, dtype=dtype, device=device) for _ in range(2 * shape.layers)
+        ]
+        self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.start = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.keep: dict[str, Tensor] = {}
+        self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
+
+
+class CudaCache(KVCache):
+    """The cache of a batch, in memory that its session lends it."""
+
+    def __init__(self, memory: Memory, batch: int, capacity: int) -> None:
+        self.memory, self.batch, self.capacity = memory, batch, capacity
+        self.tensors = [t[:batch] for t in memory.tensors]
+        self.length, self.steps = 0, 0
+        self.start = torch.zeros(batch, dtype=torch.int64, device=memory.start.device)
+        self.keep: dict[str, Tensor] = {}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give row i the past of row `beam_idx[i]`, in place: graphs know the addresses."""
+        for tensor in self.tensors:
+            tensor[:, :, : self.length] = tensor.index_select(0, beam_idx)[:, :, : self.length]
+        self.start = self.start.index_select(0, beam_idx)
+        for value in self.memory.keep.values():
+            value[:, : self.batch] = value[:, : self.batch].index_select(1, beam_idx)
+
+
+class CudaSession(Session):
+    """Runs an artifact's programs on the current CUDA device."""
+
+    batch_sizes: tuple[int, ...]
+    _device: torch.device
+    _free: dict[tuple[int, int], list[Memory]]
+
+    @classmethod
+    def of(cls, session: Session, batch_sizes: Sequence[int]) -> CudaSession:
+        """The session with its tensors on the GPU.
+
+        Args:
+            session: Programs and tensors.
+            batch_sizes: Steps of these sizes are captured; smaller batches are padded.
+        """
+        device = torch.device("cuda", torch.cuda.current_device())
+        tensors = {name: value.to(device) for name, value in session.tensors.items()}
+        keep = {name: value.to(device) for name, value in session.static_keep.items()}
+        made = cls(
+            session.shape, session.policy, session.programs, tensors, keep, session.max_seq_len,
+            session.predictor_bytes,
+        )  # fmt: skip
+        made.batch_sizes, made._free, made._device = tuple(batch_sizes), {}, device
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU."""
+        return self._device
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Type of keys and values: that of the matrices."""
+        return next(t.dtype for name, t in self.tensors.items() if name.endswith("_t"))
+
+    def synchronize(self) -> None:
+        """Wait for the GPU."""
+        torch.cuda.synchronize(self._device)
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> CudaCache:
+        """An empty cache for `batch` rows of up to `capacity` (default S) tokens.
+
+        Raises:
+            LengthError: If no captured batch size is large enough.
+        """
+        rows = next((size for size in sorted(self.batch_sizes) if size >= batch), None)
+        if rows is None:
+            raise LengthError(
+                "the batch is larger than the decode steps of this artifact",
+                expected=f"at most {max(self.batch_sizes)} rows (beams count)",
+                got=batch,
+                fix="generate in smaller batches, or compile with larger --batch-sizes",
+            )
+        capacity = capacity or self.max_seq_len
+        slots = max(capacity, self.max_seq_len)
+        free = self._free.setdefault((rows, slots), [])
+        memory = free.pop() if free else None
+        if memory is None:
+            memory = Memory(self.shape, rows, slots, self.cache_dtype, self._device)
+        cache = CudaCache(memory, batch, capacity)
+        weakref.finalize(cache, free.append, memory)
+        memory.start.zero_()
+        for name, sets in self.static_keep.items():  # [L, 1, N] or [L, 1] -> a row each
+            memory.keep[name] = sets.expand(-1, rows, *sets.shape[2:]).contiguous()
+        return cache
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, cache: KVCache, *, program: str | None = None) -> dict[str, Any]:
+        """As `Session.step`; a token runs as one graph launch."""
+        assert isinstance(cache, CudaCache)
+        memory, tokens = cache.memory, ids.shape[1]
+        cache.check_room(tokens)
+        prompt = tokens > 1 or cache.length == 0
+        name = program or (self.prompt_program if prompt else self.step_program(cache))
+        if tokens == 1 and name in STEPS:
+            results = self._replay(name, ids, cache)
+        else:
+            results = self._prompt(name, ids.to(self._device), cache)
+        cache.length += tokens
+        cache.steps = 0 if prompt else cache.steps + 1
+        cache.keep = {key: value[:, : cache.batch] for key, value in memory.keep.items()}
+        return results
+
+    def _prompt(self, name: str, ids: Tensor, cache: CudaCache) -> dict[str, Any]:
+        """Run a program op by op, on the rows of the batch alone."""
+        batch, tokens = ids.shape
+        start = cache.start.to(self._device)
+        cache.memory.start[:batch] = start
+        slots = torch.arange(cache.length, cache.length + tokens, device=self._device)
+        values = {
+            "input_ids": ids,
+            "position_ids": (slots - start[:, None]).clamp_(min=0),
+            "start": start,
+            "position": slots[:1],
+        }
+        results = self._run(name, values, cache.tensors)
+        for key, value in results.items():
+            if key.startswith(KEEP_PREFIXES):
+                self._hold(cache.memory, key, value)
+        return results
+
+    def _hold(self, memory: Memory, key: str, value: Tensor) -> None:
+        """Keep sets of a prompt, where the graphs of `hold` find them."""
+        rows, batch = memory.rows, value.shape[1]
+        if key not in memory.keep:
+            memory.keep[key] = value.new_zeros(value.shape[0], rows, *value.shape[2:])
+        memory.keep[key][:, :batch] = value
+
+    def _replay(self, name: str, ids: Tensor, cache: CudaCache) -> dict[str, Any]:
+        """Launch the graph of a step, captured on its first use."""
+        memory, batch = cache.memory, cache.batch
+        memory.ids[:batch].copy_(ids, non_blocking=True)
+        memory.start[:batch].copy_(cache.start, non_blocking=True)
+        memory.position.fill_(cache.length)
+        if name not in memory.graphs:
+            memory.graphs[name] = self._capture(name, memory)
+        graph, results = memory.graphs[name]
+        graph.replay()
+        found = {key: value[:batch] for key, value in results.items() if key[:4] == "rows"}
+        sets = {k: v[:, :batch] for k, v in results.items() if k.startswith(KEEP_PREFIXES)}
+        return {"logits": results["logits"][:batch].clone(), **sets, **found}
+
+    def _capture(self, name: str, memory: Memory) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+        def run() -> dict[str, Tensor]:
+            values = {
+                "input_ids": memory.ids,
+                "position_ids": (memory.position - memory.start[:, None]).clamp_(min=0),
+                "start": memory.start,
+                "position": memory.position,
+                **memory.keep,
+            }
+            results = self._run(name, values, memory.tensors)
+            for key, value in results.items():
+                if key.startswith(KEEP_PREFIXES) and value is not memory.keep.get(key):
+                    self._hold(memory, key, value)
+            return results
+
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):  # modules are loaded, buffers that outlive a step are made
+                run()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = run()
+        return graph, results
+
+    def _run(
+        self, name: str, values: Mapping[str, Tensor], caches: Sequence[Tensor]
+    ) -> dict[str, Any]:
+        inputs = self.program(name).inputs
+        named = [values[key] for key in inputs[: len(inputs) - len(caches)]]
+        results = self.run(name, *named, *caches)
+        results["logits"] = results["logits"].float()
+        return results
