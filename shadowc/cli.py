@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ def command(
     def wrap(function: Callable[..., Result]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(**options: Any) -> None:
-            with _reported(options["debug"]):
+            with _reported(options["debug"]), _interruptible(options["debug"]):
                 if options["as_json"]:
                     with contextlib.redirect_stdout(sys.stderr):
                         result = function(**options)
@@ -92,12 +93,6 @@ def _reported(debug: bool) -> Iterator[None]:
     """Turn errors that a user can mend into one message and an exit code."""
     try:
         yield
-    except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
-        print("interrupted: no unfinished directory is left behind", file=sys.stderr, flush=True)
-        # CPython ends by the signal instead if it arrived inside an `exec`, as imports have many.
-        os._exit(130)
     except ShadowcError as error:
         message, code = f"error: {error}", error.exit_code
     except OSError as error:
@@ -113,6 +108,34 @@ def _reported(debug: bool) -> Iterator[None]:
         traceback.print_exc()
     print(message, file=sys.stderr)
     raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _interruptible(debug: bool) -> Iterator[None]:
+    """End with 130 on Ctrl-C, also where a library makes another error of the interrupt."""
+    interrupts: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    default = signal.default_int_handler
+    handled = signal.getsignal(signal.SIGINT) is default  # a shell's background job ignores it
+    if handled:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except BaseException as error:
+        if not interrupts and not isinstance(error, KeyboardInterrupt):
+            raise
+        if debug:
+            traceback.print_exc()
+        print("interrupted: no unfinished directory is left behind", file=sys.stderr, flush=True)
+        # CPython ends by the signal instead if it arrived inside an `exec`, as imports have many.
+        os._exit(130)
+    finally:
+        if handled:
+            signal.signal(signal.SIGINT, default)
 
 
 # calibrate ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 from transformers import OPTConfig, OPTForCausalLM
 
 from shadowc import cli
+from shadowc.errors import ShadowcError
 from shadowc.models import load_model
 
 MODEL = "opt-books-15m"
@@ -334,6 +335,11 @@ def test_a_full_disk(name, small_model, tmp_path):
     assert nothing_written(tmp_path)
 
 
+def _heed_ctrl_c():
+    """A shell makes its background jobs ignore the signal, and what they start inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("name", ["calibrate", "compile"])
 def test_ctrl_c(name, calibration, tmp_path):
     arguments = ["calibrate", MODEL, "--examples", "200"]
@@ -342,7 +348,7 @@ def test_ctrl_c(name, calibration, tmp_path):
     command = [sys.executable, "-m", "shadowc", *map(str, arguments)]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        text=True, preexec_fn=_heed_ctrl_c,
     )  # fmt: skip
     log = ""
     while (line := process.stderr.readline()) and "compiling" not in line:
@@ -356,3 +362,23 @@ def test_ctrl_c(name, calibration, tmp_path):
     assert out == "" and "Traceback" not in err and err.count("interrupted") == 1
     assert not any(Path(tmp_path).rglob("*.json"))
     assert not any(path.name.startswith(".") for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ShadowcError])
+def test_ctrl_c_that_a_library_makes_another_error_of(error, invoke, monkeypatch):
+    def load():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as interrupt:
+            raise error("could not import the module") from interrupt
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(cli, "_newest_calibration", load)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    try:
+        code, out, err = invoke("compile")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 130 and out == ""
+    assert err.count("interrupted") == 1 and "error:" not in err and "Traceback" not in err

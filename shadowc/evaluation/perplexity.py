@@ -190,7 +190,9 @@ def _mask_makers(
     """For each name that needs other masks: (ids, prompt) -> masks of heads and neurons."""
     for name in against:
         if name not in AGAINST:
-            raise OptionError(f"nothing to compare with is called {name!r}", expected=AGAINST)
+            raise OptionError(
+                f"nothing to compare with is called {name!r}", expected=", ".join(AGAINST)
+            )
     others = [name for name in against if name != "dense"]
     if others and "mask_source" not in session.programs["masked"].inputs:
         raise OptionError(
