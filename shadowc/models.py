@@ -353,7 +353,7 @@ def _load_hub(name: str, repo: str, dtype: torch.dtype) -> LoadedModel:
 
     known = slug(repo).lower()
     if known in _OPT_SHAPES or known in _LLAMA_SHAPES:
-        model_shape(_known_config(known))  # refuse opt-350m before a download
+        model_shape(known_config(known))  # refuse opt-350m before a download
     try:
         path = Path(snapshot_download(repo, local_files_only=True))
         _read_config(path)
@@ -512,7 +512,7 @@ def _load_random(name: str, dtype: torch.dtype, seed: int) -> LoadedModel:
     if path.is_dir() and target not in ALIASES:
         config = _read_config(path)
     elif known in ALIASES and (known == target or "/" in target):
-        config = _known_config(known)
+        config = known_config(known)
     else:
         raise ModelError(
             f"the architecture of {target!r} is not known here",
@@ -547,7 +547,7 @@ def _random_tensor(key: str, shape: torch.Size, dtype: torch.dtype, seed: int) -
     return torch.from_numpy(integers).to(dtype).mul_(0.02 * 3**0.5 / 2**15)
 
 
-def _known_config(alias: str) -> PreTrainedConfig:
+def known_config(alias: str) -> PreTrainedConfig:
     """The configuration of an alias, from the shapes above: no file is read.
 
     Special tokens are those of `_byte_tokenizer`.

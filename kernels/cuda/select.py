@@ -55,7 +55,7 @@ def ordered(score):
 
 @triton.jit
 def bin_of(key):
-    """Bins of the first pass, 3 to 252: octaves are bits 23 up, so exponents 112 to 135 are fine."""
+    """Bins of the first pass, 3 to 252: those of the exponents 112 to 135 are 1/4 octave wide."""
     size = tl.where(key < 0, ~key, key)
     octaves = size >> 26
     code = tl.minimum(tl.maximum((size >> 21) - 448, 0), 96)
@@ -130,9 +130,10 @@ def descend(
     LP: tl.constexpr,
     LOCAL: tl.constexpr,
 ):
-    """Thresholds of all layers after a pass of `refine`: code, above, at, within as in `pick`.
+    """What a pass of `refine` tells of all layers: digit, above, at and within as in `pick`.
 
-    A code is the bin, and 13 bits for each pass of `refine` but the last.
+    The state before it, `code` and `above`, is in memory: a code is the bin of the first pass, and
+    after STEP 0 its digit below.
     """
     layer = tl.arange(0, LP)
     live = layer < L
@@ -150,12 +151,12 @@ def descend(
     where = (table + 64 + high * 128)[:, None] + tl.arange(0, 128)[None, :]
     counts = tl.load(where, mask=live[:, None], other=0)
     low, above, at, within = pick(counts, above, within, least, keep, 128, LOCAL)
-    return code, 8191 - high * 128 - low, above, at, within
+    return 8191 - high * 128 - low, above, at, within
 
 
 @triton.jit
 def sizes(above, at, within, least, keep, LOCAL: tl.constexpr):
-    """How many units each layer keeps [LP]: what is left of the budget goes to the lowest layers."""
+    """How many units each layer keeps [LP]: ties with g go to the lowest layers."""
     size = least
     if not LOCAL:
         size = tl.where(within, tl.maximum(above, least), least)
@@ -228,11 +229,9 @@ def refine_kernel(
         low, bits = range_of(code)
         shift = bits - 13
     else:
-        codes, digits, aboves, _, _ = descend(
-            table_ptr, state_ptr, row, keep, floor, 0, L, LP, LOCAL
-        )
-        code, above = of_layer(codes, layer, LP), of_layer(aboves, layer, LP)
-        digit = of_layer(digits, layer, LP)
+        code = tl.load(state_ptr + place * 4)
+        digits, aboves, _, _ = descend(table_ptr, state_ptr, row, keep, floor, 0, L, LP, LOCAL)
+        digit, above = of_layer(digits, layer, LP), of_layer(aboves, layer, LP)
         low, bits = range_of(code)
         bits -= 13
         low += digit << bits
@@ -260,18 +259,17 @@ def emit_kernel(
 ):  # fmt: skip
     """Thresholds and sizes, then the units of a chunk: kept ones to the front of the layer's."""
     chunk, layer, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    scores_ptr += (row * L + layer).to(tl.int64) * N
+    here = (row * L + layer).to(tl.int64)
+    scores_ptr += here * N
     lane = tl.arange(0, CHUNK)
     unit = chunk * CHUNK + lane
     live = unit < N
     key = ordered(tl.load(scores_ptr + unit, mask=live, other=0.0))
-    codes, digits, aboves, ats, within = descend(
-        table_ptr, state_ptr, row, keep, floor, 1, L, LP, LOCAL
-    )
+    code = tl.load(state_ptr + here * 4 + 2)
+    digits, aboves, ats, within = descend(table_ptr, state_ptr, row, keep, floor, 1, L, LP, LOCAL)
     least = wanted(tl.arange(0, LP), keep, floor, L, LOCAL)
     size = of_layer(sizes(aboves, ats, within, least, keep, LOCAL), layer, LP)
     spare = size - of_layer(aboves, layer, LP)  # units at the threshold that are kept
-    code = of_layer(codes, layer, LP)
     threshold, bits = range_of(code >> 13)
     threshold += ((code & 8191) << (bits - 13)) + of_layer(digits, layer, LP)
     better = tl.zeros([CHUNK], tl.int32)

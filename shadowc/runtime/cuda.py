@@ -19,7 +19,7 @@ from shadowc.errors import LengthError
 from shadowc.runtime.cache import KVCache
 from shadowc.runtime.session import KEEP_PREFIXES, Session
 
-#: Programs of one token that are captured.
+#: Programs that are made for one token.
 STEPS = ("decode", "hold", "exact", "full")
 _WARM_UPS = 2
 
@@ -144,7 +144,7 @@ class CudaSession(Session):
         cache.check_room(tokens)
         prompt = tokens > 1 or cache.length == 0
         name = program or (self.prompt_program if prompt else self.step_program(cache))
-        if tokens == 1 and name in STEPS:
+        if tokens == 1 and cache.length > 0:
             results = self._replay(name, ids, cache)
         else:
             results = self._prompt(name, ids.to(self._device), cache)
