@@ -112,7 +112,7 @@ def project(
     rows, columns = weight.shape
     width = tile_width(columns)
     # Short rows: more of them, so that a program still has a tile's worth of loads in flight.
-    block = max(profile().project_rows, profile().project_rows * WIDEST // width // 4)
+    block = profile().project_rows * WIDEST // width
     launch(
         project_kernel, (triton.cdiv(rows, block),),
         x, stats, weight, gain, shift, out, eps,

@@ -51,6 +51,11 @@ class KVCache:
         self.start = self.start.index_select(0, beam_idx)
         self.keep = {name: t.index_select(1, beam_idx) for name, t in self.keep.items()}
 
+    def take_back(self, tokens: int) -> None:
+        """Forget the last tokens: their slots are written again by the next ones."""
+        self.length -= tokens
+        self.steps = max(self.steps - tokens, 0)
+
     def check_room(self, tokens: int) -> None:
         """Raise LengthError unless `tokens` more fit."""
         if self.length + tokens > self.capacity:

@@ -73,6 +73,7 @@ class CudaCache(KVCache):
 class CudaSession(Session):
     """Runs an artifact's programs on the current CUDA device."""
 
+    runs_ahead = True
     batch_sizes: tuple[int, ...]
     _device: torch.device
     _free: dict[tuple[int, int], list[Memory]]
@@ -202,9 +203,10 @@ class CudaSession(Session):
                 **memory.keep,
             }
             results = self._run(name, values, memory.tensors)
-            for key, value in results.items():
-                if key.startswith(KEEP_PREFIXES) and value is not memory.keep.get(key):
-                    self._hold(memory, key, value)
+            if name != "hold" and "hold" in self.programs:
+                for key, value in results.items():
+                    if key.startswith(KEEP_PREFIXES):
+                        self._hold(memory, key, value)
             return results
 
         stream = torch.cuda.Stream(self._device)

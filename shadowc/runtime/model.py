@@ -10,6 +10,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shadowc.errors import LengthError, OptionError
+from shadowc.runtime.ahead import sample_ahead
 from shadowc.runtime.cache import KVCache
 from shadowc.runtime.session import Session
 
@@ -95,6 +96,32 @@ class ShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             cache.start = padding(attention_mask)
         logits = self.session.step(input_ids, cache)["logits"]
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling: called by `generate` once everything is prepared."""
+        cache = model_kwargs.get("past_key_values")
+        plain = not (generation_config.return_dict_in_generate or synced_gpus)
+        if not (plain and self.session.runs_ahead and isinstance(cache, KVCache)):
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus,
+                streamer, **model_kwargs,
+            )  # fmt: skip
+        mask = model_kwargs.get("attention_mask")
+        if cache.length == 0 and mask is not None:
+            cache.start = padding(mask)
+        return sample_ahead(
+            self.session, input_ids, cache, logits_processor, stopping_criteria,
+            generation_config, streamer,
+        )  # fmt: skip
 
     def _prepare_cache_for_generation(
         self,

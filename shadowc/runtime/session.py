@@ -57,6 +57,9 @@ class Session:
         self.programs, self.tensors, self.static_keep = programs, tensors, dict(keep)
         self._bound: dict[str, Callable[..., tuple[Any, ...]]] = {}
 
+    #: Whether a step only starts work, so that it pays to launch the next one early.
+    runs_ahead = False
+
     @property
     def device(self) -> torch.device:
         """Where programs run and caches live."""

@@ -7,7 +7,12 @@ from torch import Tensor
 import shadowc.kernels.compact
 import shadowc.kernels.decode_attention
 import shadowc.kernels.linear
+import shadowc.kernels.norm_linear
+import shadowc.kernels.norm_mlp
+import shadowc.kernels.norm_qkv
 import shadowc.kernels.rms_norm
+import shadowc.kernels.scale
+import shadowc.kernels.scaled_out_proj
 import shadowc.kernels.select
 import shadowc.kernels.sparse_gated_mlp
 import shadowc.kernels.sparse_mlp
@@ -26,6 +31,9 @@ def calls() -> dict[str, tuple[object, ...]]:
     caches = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     start, position = torch.tensor([0, 1]), torch.tensor([3])
     rotary = torch.randn(2, 1, 8), torch.randn(2, 1, 8)
+    scaled, stats = torch.ops.shadowc.scale(x, bias)
+    layer, rms = (scaled, stats, "layer", 1e-5), (scaled, stats, "rms", 1e-5)
+    three = (square, bias, bias) * 3
     return {
         "linear": (x, tall, wide),
         "rms_norm": (x, bias, 1e-5),
@@ -36,19 +44,35 @@ def calls() -> dict[str, tuple[object, ...]]:
         "sparse_gated_mlp": (x, tall, tall, tall, x, "silu", False, *neurons),
         "select": (torch.randn(2, 3, 8), 9, 1, False),
         "compact": (torch.rand(2, 8) < 0.5,),
-    }
+        "scale": (x, bias),
+        "norm_linear": (*layer, tall, wide, wide),
+        "norm_qkv": (*layer, *three, 8, *heads),
+        "scaled_out_proj": (x, square, bias, x, bias, 8, *heads),
+        "norm_mlp": (
+            *layer, tall, wide, wide, None, tall, bias, x, bias, "relu", True, *neurons
+        ),
+        "norm_mlp gated": (
+            *rms, tall, None, None, tall, tall, None, x, bias, "silu", False, None, None
+        ),
+        "norm_qkv rms": (*rms, *(square, None, None) * 3, 8, None, None),
+    }  # fmt: skip
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    """The op of a call; what follows its name tells its variants apart."""
+    return getattr(OPS, name.partition(" ")[0]).default
 
 
 @pytest.mark.parametrize("op", calls())
 def test_opcheck(op):
-    torch.library.opcheck(getattr(OPS, op).default, calls()[op])
+    torch.library.opcheck(overload(op), calls()[op])
 
 
 @pytest.mark.parametrize("op", calls())
 def test_export(op):
     class Model(torch.nn.Module):
         def forward(self, *arguments: object) -> object:
-            return getattr(OPS, op).default(*arguments)
+            return overload(op)(*arguments)
 
     exported = torch.export.export(Model(), calls()[op])
     torch.testing.assert_close(exported.module()(*calls()[op]), Model()(*calls()[op]))

@@ -8,9 +8,11 @@ import torch
 from shadowc.config import Policy
 from shadowc.errors import PassError
 from shadowc.passes.compact_masks import compact_masks
+from shadowc.passes.fuse_norms import fuse_norms
 from shadowc.passes.fuse_rms_norm import fuse_rms_norm
 from shadowc.passes.fuse_sparse_attention import fuse_sparse_attention
 from shadowc.passes.fuse_sparse_mlp import fuse_sparse_mlp
+from shadowc.passes.insert_predictor import PREFIX
 from shadowc.passes.last_logits import last_logits
 from shadowc.passes.lower_linear import lower_linear
 from shadowc.passes.manager import run_passes
@@ -60,6 +62,28 @@ def test_fuse_sparse_attention_dense(tiny):
     logits = module(*state(tiny, ids), *caches(tiny, 2))[0]
     torch.testing.assert_close(logits, tiny.loaded.model(ids).logits, atol=1e-4, rtol=1e-4)
     assert not fuse_sparse_attention(module)
+
+
+def test_fuse_sparse_attention_core_leaves_the_projections(tiny):
+    """For prompts: only what needs the cache is replaced."""
+    module, ids = tiny.graph("find_blocks"), tiny.ids()
+    before = count(module, aten.linear.default)
+    run_passes(module, (partial(fuse_sparse_attention, core=True),))
+    assert count(module, ops.decode_attention.default) == 3
+    assert count(module, aten.linear.default) == before
+    assert count(module, aten.scaled_dot_product_attention.default) == 0
+    for op in (ops.sparse_qkv, ops.sparse_out_proj):
+        assert count(module, op.default) == 0
+    assert "attention_mask" not in [n.name for n in module.graph.find_nodes(op="placeholder")]
+    memory = caches(tiny, 2)
+    first = module(*state(tiny, ids[:, :7]), *memory)[0]
+    second = module(*state(tiny, ids[:, 7:], 7), *memory)[0]
+    torch.testing.assert_close(
+        torch.cat((first, second), 1), tiny.loaded.model(ids).logits, atol=1e-4, rtol=1e-4
+    )
+    assert not fuse_sparse_attention(module, core=True)
+    blocks = module.meta["blocks"]
+    assert all(block.output.args[0] is block.context for block in blocks.attention)
 
 
 def test_fuse_sparse_attention_decodes_from_its_cache(tiny):
@@ -181,6 +205,81 @@ def test_lower_linear(tiny):
     torch.testing.assert_close(
         module(*tiny.inputs(ids))[0], tiny.loaded.model(ids).logits, atol=1e-4, rtol=1e-4
     )
+
+
+def test_lower_linear_only_the_predictor(tiny):
+    module = tiny.graph("insert_predictor")
+    before = count(module, aten.linear.default)
+    only = partial(lower_linear, only=PREFIX)
+    run_passes(module, (only,))
+    made = module.graph.find_nodes(op="call_function", target=ops.linear.default)
+    assert made and all(str(node.args[1].target).startswith(f"{PREFIX}.") for node in made)
+    rest = module.graph.find_nodes(op="call_function", target=aten.linear.default)
+    assert len(rest) == before - len(made)
+    assert not [node for node in rest if str(node.args[1].target).startswith(PREFIX)]
+    assert not only(module)
+    assert not lower_linear(tiny.graph("find_blocks"), only=PREFIX)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+# Largest error over largest logit: weights and a few activations a layer are rounded.
+SHARES = {torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+def prompt(tiny, types, packed):
+    """The lowering of a prompt whose products belong to torch."""
+    core, pack = partial(fuse_sparse_attention, core=True), partial(pack_weights, types=types)
+    passes = (fuse_rms_norm, core, last_logits, partial(pack, packed=packed))
+    return run_passes(tiny.graph("find_blocks"), passes)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_pack_weights_computes_in_half_precision(tiny, dtype):
+    """Nothing is cast where matrices, vectors and activations have one type."""
+    packed, types = {}, Types(dtype, vectors=dtype, compute=dtype)
+    module, ids = prompt(tiny, types, packed), tiny.ids()
+    names = dict(tiny.loaded.model.named_parameters(remove_duplicate=False))
+    for name, value in packed.items():
+        assert value.dtype == (dtype if name in names else torch.float32), name
+    weights = module.graph.find_nodes(op="get_attr")
+    casts = [n for n in module.graph.find_nodes(op="call_function", target=aten.to.dtype)]
+    assert not [n for n in casts if n.args[0] in weights and n.args[1] == dtype]
+    logits = module(*state(tiny, ids), *caches(tiny, 2))[0]
+    expected = tiny.loaded.model(ids).logits[:, -1:]
+    assert logits.dtype == dtype
+    assert (logits.float() - expected).abs().max() <= SHARES[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_pack_weights_stores_once_what_all_programs_share(tiny, dtype):
+    """A step in float32, a prompt in half precision and the masked graph read the same tensors."""
+    packed = {}
+    pack = partial(pack_weights, types=Types(dtype, vectors=dtype), packed=packed)
+    norms = partial(fuse_norms, dtype=dtype)
+    steps = (fuse_rms_norm, fuse_sparse_attention, fuse_sparse_mlp, norms, lower_linear, pack)
+    step = run_passes(tiny.graph("find_blocks"), steps)
+    half = prompt(tiny, Types(dtype, vectors=dtype, compute=dtype), packed)
+    masked = run_passes(tiny.graph("find_blocks"), (pack,))
+    parameters = dict(tiny.loaded.model.named_parameters(remove_duplicate=False))
+    own = [name for name in packed if name.removesuffix("_t") in parameters]
+    for name, value in packed.items():
+        assert name.removesuffix("_t") not in packed or not name.endswith("_t")
+        assert value.dtype == (dtype if name in own else torch.float32), name
+        assert value.is_contiguous(), name
+    total = sum(p.numel() for p in tiny.loaded.model.parameters())
+    assert sum(packed[name].numel() for name in own) == total
+    # Attention's output projections stay as they are, as `scaled_out_proj` wants them.
+    assert len([name for name in own if name.endswith("_t")]) == 3
+    for module in (half, masked):  # read back as the transpose of what is stored
+        assert count(module, aten.t.default) == 3
+
+    ids = tiny.ids(tokens=1)
+    lowered = step(*state(tiny, ids), *caches(tiny, 2))[0]
+    want = masked(*tiny.inputs(ids))[0]
+    logits = half(*state(tiny, ids), *caches(tiny, 2))[0]
+    assert lowered.dtype == want.dtype == torch.float32 and logits.dtype == dtype
+    for found in (lowered, logits.float()):  # a unit in the last place, a few times a layer
+        assert (found - want).abs().max() <= SHARES[dtype] * want.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

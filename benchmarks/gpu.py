@@ -1,4 +1,4 @@
-"""Decode speed on the GPU that is here: `python benchmarks/cuda.py [MODEL ...] --json FILE`.
+"""Decode speed on the GPU that is here: `python benchmarks/gpu.py [MODEL ...] --json FILE`.
 
 Models are shapes with random weights, made on the GPU; masks come from a real predictor (random
 weights, the stated rank) and are refreshed at every token. Everything runs in one process: each
@@ -17,17 +17,19 @@ the cache of kept heads. The limit is a sum over 4 GB, measured in the same proc
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from shadowc import cuda
 from shadowc.calibration.predictor import ShadowPredictor
@@ -37,6 +39,7 @@ from shadowc.config import ModelShape, Policy
 from shadowc.models import FAMILIES, LoadedModel, ModelSource, known_config, model_shape
 from shadowc.passes.manager import copy_module
 from shadowc.runtime.cuda import CudaSession
+from shadowc.runtime.model import ShadowModel
 from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
 from shadowc.targets import load_target
@@ -45,7 +48,8 @@ from shadowc.versions import versions
 
 MODELS = ("opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "llama-2-7b", "llama-2-13b")
 PROMPT, NEW = 128, 128
-ROUNDS = 5
+STRIDE = 4
+ROUNDS = 3
 QUANTILE_95 = 1.645
 
 
@@ -116,35 +120,46 @@ def shift_biases(tensors: Mapping[str, Tensor], by: float) -> None:
 
 
 class Bench:
-    """One model: programs of several policies over one set of weights."""
+    """One model: programs of several budgets over one set of weights."""
 
     def __init__(self, name: str, dtype: torch.dtype, rank: int, slots: int) -> None:
-        self.name, self.dtype, self.slots = name, dtype, slots
-        self.loaded = meta_model(name, dtype)
-        self.shape = self.loaded.shape
-        self.traced = trace(self.loaded.model).module(check_guards=False)
-        self.calibration = random_calibration(self.shape, rank)
-        self.tensors: dict[str, Tensor] = {}
-
-    def session(self, policy: Policy, batch_sizes: tuple[int, ...] = (1,)) -> CudaSession:
-        """The programs of a policy on the shared weights."""
-        sparse = policy.head_sparsity > 0 or policy.neuron_sparsity > 0
+        loaded = meta_model(name, dtype)
+        self.shape, self.config = loaded.shape, loaded.model.config
+        self.policy = Policy(0.5, 0.5)
+        traced = trace(loaded.model).module(check_guards=False)
+        calibration = random_calibration(self.shape, rank)
         built = build_programs(
-            copy_module(self.traced), self.loaded, self.calibration if sparse else None, policy,
-            load_target("h100"), self.dtype,
-        )  # fmt: skip
-        missing = {k: v for k, v in built.packed.items() if k not in self.tensors}
-        self.tensors |= random_weights(missing, self.shape.hidden)
-        session = Session(
-            self.shape, policy, built.programs, self.tensors, {}, self.slots, built.predictor_bytes
+            copy_module(traced), loaded, calibration, self.policy, load_target("h100"), dtype
         )
-        return CudaSession.of(session, batch_sizes)
+        self.session = Session(
+            self.shape, self.policy, built.programs, built.packed, {}, slots, built.predictor_bytes
+        )
+
+    def to_gpu(self) -> None:
+        """Make the weights."""
+        self.session.tensors = random_weights(self.session.tensors, self.shape.hidden)
+
+    def with_budget(self, share: float) -> CudaSession:
+        """The decode program with another number of units kept."""
+        policy = Policy(share, share)
+        program = self.session.programs["decode"]
+        graph = copy.deepcopy(program.graph)
+        selects = graph.find_nodes(
+            op="call_function", target=torch.ops.shadowc.select.default, sort=True
+        )
+        before = self.policy.heads_kept(self.shape), self.policy.neurons_kept(self.shape)
+        after = policy.heads_kept(self.shape), policy.neurons_kept(self.shape)
+        for node in selects:
+            node.args = (node.args[0], after[before.index(node.args[1])], *node.args[2:])
+        session = self.session.with_program("decode", replace(program, graph=graph))
+        session.policy = policy
+        return CudaSession.of(session, (1,))
 
 
 def player(
     session: CudaSession, program: str, batch: int = 1, prompt: int = PROMPT
 ) -> tuple[Callable[[], None], Usage, Any]:
-    """What plays a variant's steps over NEW positions; and what it ran."""
+    """What plays a variant's steps over every STRIDE-th position; and what it ran."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, session.shape.vocab, (batch, 1), generator=generator)
     cache = session.new_cache(batch)
@@ -158,7 +173,7 @@ def player(
     position = cache.memory.position
 
     def play() -> None:
-        for slot in range(prompt, prompt + NEW):
+        for slot in range(prompt, prompt + NEW, STRIDE):
             position.fill_(slot)
             graph.replay()
 
@@ -178,7 +193,7 @@ def timed(plays: Mapping[str, Callable[[], None]], rounds: int = ROUNDS) -> dict
             play()
             end.record()
             torch.cuda.synchronize()
-            times[name].append(begin.elapsed_time(end) / NEW)
+            times[name].append(begin.elapsed_time(end) * STRIDE / NEW)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -210,19 +225,25 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
     """All variants of one model."""
     began = time.perf_counter()
     bench = Bench(name, getattr(torch, options.dtype), options.rank, PROMPT + NEW)
-    sessions = {share: bench.session(Policy(share, share)) for share in options.sparsities}
-    plain = bench.session(Policy(0.0, 0.0))
+    if options.images:
+        cuda.clear_images()
+        cuda.load_images(options.images / name, cuda.profile().arch)
+    bench.to_gpu()
+    plain = bench.with_budget(0.5)
     made: dict[str, tuple[CudaSession, str]] = {
         "dense, cuBLAS": (plain, "dense"),
         "dense, our kernels": (plain, "full"),
     }
     if "exact" in plain.programs:
         made["exact"] = (plain, "exact")
-    made |= {f"{share:.0%}": (session, "decode") for share, session in sessions.items()}
+    made |= {f"{share:.0%}": (bench.with_budget(share), "decode") for share in options.sparsities}
     rows = play_all(made)
+    at = next(share for share in made if share.endswith("%"))
+    generate = generate_ms(bench, made["50%" if "50%" in made else at][0])
+    eager = eager_ms(name, getattr(torch, options.dtype)) if name in options.eager else None
     relu = bench.shape.activation == "relu"
     if relu and options.zeros:
-        shift_biases(bench.tensors, -QUANTILE_95)
+        shift_biases(plain.tensors, -QUANTILE_95)
         keep = ("exact", "50%")
         zeros = {k: v for k, v in made.items() if k in keep or k.startswith("dense, our")}
         rows += [
@@ -235,14 +256,56 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
           f"{'neurons':>8} {'rows':>6}")  # fmt: skip
     for row in rows:
         share = row.gigabytes * 1e9 / limit / (row.ms / 1e3)
-        print(f"{row.name:28} {row.ms:7.3f} {dense / row.ms:7.2f}x {row.gigabytes:6.2f} "
-              f"{share:6.2f} {row.heads:6.1%} {row.neurons:8.1%} {row.rows:6.1%}", flush=True)
+        print(
+            f"{row.name:28} {row.ms:7.3f} {dense / row.ms:7.2f}x {row.gigabytes:6.2f} "
+            f"{share:6.2f} {row.heads:6.1%} {row.neurons:8.1%} {row.rows:6.1%}",
+            flush=True,
+        )
+    print(f"{'50%, through generate':28} {generate:7.3f}")
+    if eager:
+        print(f"{'transformers, eager':28} {eager:7.3f}")
     return {
         "model": name,
+        "generate_ms": generate,
+        "eager_ms": eager,
         "seconds": round(time.perf_counter() - began, 1),
         "rows": [vars(row) | {"limit_share": row.gigabytes * 1e9 / limit / (row.ms / 1e3),
                               "speedup": dense / row.ms} for row in rows],
     }  # fmt: skip
+
+
+def generate_ms(bench: Bench, session: CudaSession) -> float:
+    """Milliseconds a token of `generate`, greedy, the prompt's time taken off."""
+    ending = GenerationConfig(pad_token_id=1, eos_token_id=None)
+    model = ShadowModel(bench.config, ending, session, {}, None)
+    return per_token(model.generate, session.shape.vocab)
+
+
+def eager_ms(name: str, dtype: torch.dtype) -> float:
+    """The same for transformers' own model with random weights, as a user gets it."""
+    model = meta_model(name, dtype).model.to_empty(device="cuda")
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02)
+    for buffer in model.buffers():
+        buffer.fill_(0.01)
+    model.generation_config = GenerationConfig(pad_token_id=1, eos_token_id=None)
+    return per_token(model.generate, model.config.vocab_size)
+
+
+def per_token(generate: Callable[..., Tensor], vocab: int) -> float:
+    """Milliseconds a token between the 8th new one and the 40th, the median of three."""
+    ids = torch.randint(5, vocab, (1, PROMPT), device="cuda")
+    found = []
+    for _ in range(4):
+        marks = []
+        for new in (8, 40):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            generate(input_ids=ids, max_new_tokens=new, do_sample=False)
+            torch.cuda.synchronize()
+            marks.append(time.perf_counter() - began)
+        found.append((marks[1] - marks[0]) / 32 * 1e3)
+    return statistics.median(found[1:])
 
 
 def play_all(made: Mapping[str, tuple[CudaSession, str]]) -> list[Row]:
@@ -273,8 +336,17 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.3, 0.5, 0.7])
     parser.add_argument("--no-zeros", dest="zeros", action="store_false")
+    parser.add_argument("--eager", nargs="*", default=["opt-13b"], help="also in transformers")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--images", type=Path, help="kernels that --compile wrote")
+    parser.add_argument("--compile", type=Path, help="write kernels there; needs no GPU")
     options = parser.parse_args()
+    if options.compile:
+        for name in options.models:
+            bench = Bench(name, getattr(torch, options.dtype), options.rank, PROMPT + NEW)
+            load_target("h100").save(bench.session, (1,), options.compile / name)
+            print(f"compiled the kernels of {name}", flush=True)
+        return
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a GPU")
     about = {
@@ -283,6 +355,7 @@ def main() -> None:
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
+    cuda.allow_jit(True)
     with torch.inference_mode():
         limit = read_bandwidth()
         print(f"{about}; a sum reads {limit / 1e9:.0f} GB/s", flush=True)
