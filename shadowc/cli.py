@@ -446,6 +446,7 @@ def eval_(
     tokens: Annotated[int, typer.Option(min=2, help="About how many tokens to score.")] = 8192,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
     questions: Annotated[int, typer.Option(min=1, help="Questions of each task.")] = 100,
+    allow_jit: AllowJit = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
@@ -465,6 +466,7 @@ def eval_(
             against=_split(against),
             tasks=_split(tasks),
             questions=questions,
+            allow_jit=allow_jit,
             track=functools.partial(progress.track, description="scoring"),
         )
     _save(save_section, opened, "eval", result)
@@ -481,6 +483,8 @@ def _show_bench(result: Result) -> None:
         ("artifact", "ms_per_token"),
         ("exact (zero rows skipped)", "exact_ms_per_token"),
         ("dense, same runtime", "dense_ms_per_token"),
+        ("  by our own kernels", "dense_by_kernels_ms"),
+        ("  by cuBLAS", "dense_by_library_ms"),
         ("Hugging Face eager", "hugging_face_ms_per_token"),
         ("Hugging Face eager, fp32", "hugging_face_fp32_ms_per_token"),
     ):
@@ -522,6 +526,7 @@ def bench(
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     data: Data = "pydoc",
     hugging_face: Annotated[bool, typer.Option(help="Also run the original model.")] = True,
+    allow_jit: AllowJit = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
@@ -541,6 +546,7 @@ def bench(
             batch=batch,
             data=data,
             hugging_face=hugging_face,
+            allow_jit=allow_jit,
             progress=lambda share: progress.update(task, completed=share),
         )
     _save(save_section, opened, "bench", result)

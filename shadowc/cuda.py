@@ -115,7 +115,7 @@ PROFILES: dict[str, Profile] = {
             shared=227 * _KIB,
             l2=50 * _MIB,
             pdl=True,
-            measured="measured: see benchmarks",
+            measured="measured: benchmarks/results/gpu-h100.md",
             matches=("H100",),
         ),
         Profile(

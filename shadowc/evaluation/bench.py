@@ -6,7 +6,8 @@ are of medians of one run.
 
     artifact            predictor, selection, sparse ops
     exact               every unit, rows of exactly zero activations not read (ReLU models)
-    dense               the same runtime and weights, nothing skipped
+    dense               the same runtime and weights, nothing skipped; on a GPU the faster of cuBLAS
+                        and our own kernels, both as CUDA graphs
     hugging_face        the original model in transformers, eager, same type, same threads
     hugging_face_fp32   the same in fp32, which is the faster one on CPUs without half arithmetic
 """
@@ -57,11 +58,13 @@ class Variant:
         step: Decodes one token.
         usage: Counts what ran, for programs that say it.
         times: Seconds of each measured token.
+        wait: Waits for the device, where a step only starts work; then a turn is timed as a whole.
     """
 
     step: Step
     usage: Usage | None = None
     times: list[float] = field(default_factory=list)
+    wait: Callable[[], None] | None = None
 
     @property
     def ms(self) -> float:
@@ -70,6 +73,9 @@ class Variant:
 
     def decode(self, ids: Tensor, measured: bool) -> None:
         """Take a turn: decode ids int64 [B, T] one by one."""
+        if self.wait is not None:
+            self._decode_together(ids, measured, self.wait)
+            return
         for token in range(ids.shape[1]):
             began = time.perf_counter()
             results = self.step(ids[:, token : token + 1])
@@ -82,6 +88,18 @@ class Variant:
                 if self.usage is not None and results is not None:
                     self.usage.add(results)
 
+    def _decode_together(self, ids: Tensor, measured: bool, wait: Callable[[], None]) -> None:
+        results = None
+        wait()
+        began = time.perf_counter()
+        for token in range(ids.shape[1]):
+            results = self.step(ids[:, token : token + 1])
+        wait()
+        if measured:
+            self.times += [(time.perf_counter() - began) / ids.shape[1]] * ids.shape[1]
+            if self.usage is not None and results is not None:
+                self.usage.add(results)  # of the last token: to look at others takes time
+
 
 @torch.inference_mode()
 def bench(
@@ -92,6 +110,7 @@ def bench(
     batch: int = 1,
     data: str = "pydoc",
     hugging_face: bool = True,
+    allow_jit: bool = False,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:
     """Measure decoding.
@@ -103,6 +122,7 @@ def bench(
         batch: B, sequences at once. A step gives each of them one token.
         data: Text to decode.
         hugging_face: Also load the original model and run it in transformers.
+        allow_jit: As for `load`.
         progress: Called with the share of the work that is done.
 
     Returns:
@@ -114,8 +134,9 @@ def bench(
     """
     _check(prompt_len, new_tokens, batch, int(artifact.manifest["max_seq_len"]))
     before = peak_memory()
-    model = load(artifact.path)
+    model = load(artifact.path, allow_jit=allow_jit)
     session = model.session
+    gpu = session.device.type == "cuda"
     tokens = prompt_len + new_tokens
     windows = held_out(model, data, tokens, batch * tokens)
     ids = torch.tensor([windows[row % len(windows)] for row in range(batch)])
@@ -123,16 +144,19 @@ def bench(
 
     variants = {"artifact": _own(session, prompt, tokens, None)}
     variants["artifact"].decode(text[:, :WARM_UP], measured=False)
-    memory = peak_memory()
+    memory = torch.cuda.max_memory_allocated() if gpu else peak_memory()
+    before = 0 if gpu else before
     if "exact" in session.programs and skips_units(session):
         variants["exact"] = _own(session, prompt, tokens, "exact")
     variants["dense"] = _own(session, prompt, tokens, "dense")
+    if "full" in session.programs:
+        variants["full"] = _own(session, prompt, tokens, "full")
     left_out = {}
     for name, dtype in _eager_types(artifact).items():
         try:
             if not hugging_face:
                 raise OptionError("not asked for")
-            variants[name] = _eager(artifact, prompt, dtype)
+            variants[name] = _eager(artifact, prompt, dtype, session)
         except ShadowcError as error:
             left_out[name] = str(error)
     for name, variant in variants.items():
@@ -155,11 +179,16 @@ def skips_units(session: Session) -> bool:
     return session.policy.head_sparsity > 0 or session.policy.neuron_sparsity > 0
 
 
-def read_bandwidth(size: int = 1 << 29, repeats: int = 5) -> float:
-    """Bytes a second at which all threads stream through memory: the best of some sums."""
-    buffer = torch.ones(size // 8, dtype=torch.int64)
-    best = min(_seconds(buffer.sum) for _ in range(repeats + 1))
-    return buffer.nbytes / best
+def read_bandwidth(size: int = 1 << 29, repeats: int = 5, device: str = "cpu") -> float:
+    """Bytes a second at which a device streams through its memory: the best of some sums."""
+    if device == "cuda":
+        buffer = torch.ones(size, device=device)  # 4 bytes each: far more than its cache
+        torch.cuda.synchronize()
+        times = [_gpu_seconds(buffer.sum) for _ in range(repeats + 1)]
+    else:
+        buffer = torch.ones(size // 8, dtype=torch.int64)
+        times = [_seconds(buffer.sum) for _ in range(repeats + 1)]
+    return buffer.nbytes / min(times)
 
 
 def peak_memory() -> int:
@@ -176,15 +205,20 @@ def free_memory() -> int:
     return found[0] * 1024 if found else sys.maxsize
 
 
-def device() -> dict[str, Any]:
+def device(session: Session) -> dict[str, Any]:
     """What the figures were measured on."""
+    threads = torch.get_num_threads()
+    if session.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        gpu = torch.cuda.get_device_name()
+        return {"device": gpu, "isa": f"sm_{major}{minor}", "threads": threads}
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = names[0] if names else name
-    return {"device": name, "isa": native.isa(), "threads": torch.get_num_threads()}
+    return {"device": name, "isa": native.isa(), "threads": threads}
 
 
 @torch.inference_mode()
@@ -210,6 +244,8 @@ def selection_ms(session: Session, prompt: Tensor, text: Tensor) -> float | None
     session.step(prompt, cache)
     for token in range(text.shape[1]):
         session.step(text[:, token : token + 1], cache, program="decode")
+    if session.device.type == "cuda":
+        return timed.on_gpu() * 1e3
     return statistics.median(timed.seconds) * 1e3
 
 
@@ -222,6 +258,27 @@ class _SelectionTimer(Program):
     """
 
     seconds: list[float] = field(default_factory=list)
+    last: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def on_gpu(self) -> float:
+        """Seconds of those operators alone, as a CUDA graph over what the last step gave them."""
+        chosen = self._choosing()
+        nodes = [node for node in self.graph.nodes if node in chosen]
+        known = dict(self.last)
+
+        def choose() -> None:
+            for node in nodes:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+                known[node] = node.target(*args, **kwargs)
+
+        choose()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            choose()
+        graph.replay()
+        torch.cuda.synchronize()
+        return statistics.median(_gpu_seconds(graph.replay) for _ in range(SELECTIONS))
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Callable[..., tuple[Any, ...]]:
         weights = [tensors[name] for name in self.weights]
@@ -238,6 +295,7 @@ class _SelectionTimer(Program):
                     known[node] = next(values)
                 elif node.op == "output":
                     self.seconds.append(spent)
+                    self.last.update(known)
                     return tuple(fx.map_arg(node.args[0], known.__getitem__))
                 else:
                     args = fx.map_arg(node.args, known.__getitem__)
@@ -282,28 +340,35 @@ def _own(session: Session, prompt: Tensor, capacity: int, program: str | None) -
     def step(token: Tensor) -> Mapping[str, Tensor]:
         return session.step(token, cache, program=program)
 
-    return Variant(step, Usage.of(session))
+    return Variant(step, Usage.of(session), wait=_wait(session))
+
+
+def _wait(session: Session) -> Callable[[], None] | None:
+    return session.synchronize if session.device.type == "cuda" else None
 
 
 def _eager_types(artifact: Artifact) -> dict[str, torch.dtype]:
     own = getattr(torch, artifact.manifest["dtype"])
+    if artifact.manifest["target"] != "cpu":
+        return {"hugging_face": own}
     types = {"hugging_face": own}
     return types if own == torch.float32 else types | {"hugging_face_fp32": torch.float32}
 
 
-def _eager(artifact: Artifact, prompt: Tensor, dtype: torch.dtype) -> Variant:
+def _eager(artifact: Artifact, prompt: Tensor, dtype: torch.dtype, session: Session) -> Variant:
     """The original model as transformers runs it, with its own cache."""
     stored = getattr(torch, artifact.manifest["dtype"])
     size = artifact.manifest["files"][WEIGHTS]["bytes"] * dtype.itemsize // stored.itemsize
     if size > (free := free_memory()):
         raise ModelError("not enough memory", expected=f"{size} bytes", got=f"{free} free")
-    model = original(artifact, dtype).model
-    cache = model(input_ids=prompt, use_cache=True).past_key_values
+    device = session.device
+    model = original(artifact, dtype).model.to(device)
+    cache = model(input_ids=prompt.to(device), use_cache=True).past_key_values
 
     def step(token: Tensor) -> None:
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token.to(device), past_key_values=cache, use_cache=True)
 
-    return Variant(step)
+    return Variant(step, wait=_wait(session))
 
 
 def _take_turns(
@@ -323,8 +388,10 @@ def _figures(
     variants: Mapping[str, Variant],
     selection: float | None,
 ) -> dict[str, Any]:
-    own, dense = variants["artifact"], variants["dense"]
-    usage, bandwidth = own.usage or Usage.of(session), read_bandwidth()
+    own, library = variants["artifact"], variants["dense"]
+    dense = min(library, variants.get("full", library), key=lambda variant: variant.ms)
+    usage = own.usage or Usage.of(session)
+    bandwidth = read_bandwidth(device=session.device.type)
     head = session.shape.vocab * session.shape.hidden * usage.element_size
     read = usage.layer_bytes + usage.predictor_bytes + head
     weights = sum(t.nbytes for t in session.tensors.values())
@@ -333,6 +400,8 @@ def _figures(
     return {
         "ms_per_token": own.ms,
         "dense_ms_per_token": dense.ms,
+        "dense_by_kernels_ms": variants["full"].ms if "full" in variants else None,
+        "dense_by_library_ms": library.ms if "full" in variants else None,
         "exact_ms_per_token": exact.ms if exact else None,
         "hugging_face_ms_per_token": eager.ms if eager else None,
         "hugging_face_fp32_ms_per_token": eager_fp32.ms if eager_fp32 else None,
@@ -350,7 +419,7 @@ def _figures(
         "model": artifact.manifest["model"]["name"],
         "random_weights": artifact.manifest["model"]["kind"] == "random",
         "dtype": artifact.manifest["dtype"],
-        **device(),
+        **device(session),
         "versions": versions(),
     }
 
@@ -368,6 +437,15 @@ def _check(prompt_len: int, new_tokens: int, batch: int, limit: int) -> None:
             got=f"{prompt_len} + {new_tokens}",
             fix="measure fewer tokens, or compile with a larger --max-seq-len",
         )
+
+
+def _gpu_seconds(work: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def _seconds(work: Callable[[], object]) -> float:

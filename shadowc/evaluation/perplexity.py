@@ -209,7 +209,7 @@ def _mask_makers(
         )
 
     def static(ids: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
-        scores = session.tensors["scores.heads"], session.tensors["scores.neurons"]
+        scores = (session.tensors[f"scores.{kind}"].cpu() for kind in ("heads", "neurons"))
         return _masks(StaticScores(*scores), session, ids, prompt)
 
     def ranked(scores: Scores) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
@@ -243,6 +243,7 @@ def evaluate_artifact(
     against: Sequence[str] = ("dense",),
     tasks: Sequence[str] = (),
     questions: int = 100,
+    allow_jit: bool = False,
     track: Track = iter,
 ) -> dict[str, Any]:
     """Measure an artifact's quality: what `shadowc eval` does.
@@ -255,12 +256,13 @@ def evaluate_artifact(
         against: Names out of `AGAINST`.
         tasks: Names of multiple-choice tasks, or TASK:FILE.jsonl.
         questions: The most questions of a task.
+        allow_jit: As for `load`.
         track: Wraps the batches to show progress.
 
     Returns:
         The keys of the command line's `eval --json`.
     """
-    model = load(artifact.path)
+    model = load(artifact.path, allow_jit=allow_jit)
     session, loaded = model.session, as_loaded(model)
     length = min(seq_len, session.max_seq_len)
     windows = held_out(model, data, length, tokens)
