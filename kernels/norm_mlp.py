@@ -15,6 +15,9 @@ Source: as `sparse_mlp` and `sparse_gated_mlp`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,120 +33,73 @@ from shadowc.native import (
 )
 
 
-def norm_mlp_reference(
-    scaled: Tensor,
-    stats: Tensor,
-    norm: str,
-    eps: float,
-    w1: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    w_up: Tensor | None,
-    w2t: Tensor,
-    b2: Tensor | None,
-    residual: Tensor,
-    gamma: Tensor,
-    activation: str,
-    skip_zeros: bool,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class NormMlp:
+    """The op's arguments, in order."""
+
+    scaled: Tensor
+    stats: Tensor
+    norm: str
+    eps: float
+    w1: Tensor
+    gain: Tensor | None
+    shift: Tensor | None
+    w_up: Tensor | None
+    w2t: Tensor
+    b2: Tensor | None
+    residual: Tensor
+    gamma: Tensor
+    activation: str
+    skip_zeros: bool
+    index: Tensor | None
+    count: Tensor | None
+
+    def check(self) -> None:
+        """Raise KernelError unless they fit together."""
+        check_one_token("scaled", self.scaled, self.w1.shape[1])
+        check_keep(self.index, self.count, self.scaled.shape[0], self.w1.shape[0])
+        activation_code(self.activation)
+
+
+def norm_mlp_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op in plain torch."""
-    h = norm_linear_reference(scaled, stats, norm, eps, w1, gain, shift)
-    h = activate(h, activation)
-    if w_up is not None:
-        h = h * norm_linear_reference(scaled, stats, norm, eps, w_up, None, None)
-    mask = keep_mask(index, count, w1.shape[0])
+    a = NormMlp(*arguments)
+    h = norm_linear_reference(a.scaled, a.stats, a.norm, a.eps, a.w1, a.gain, a.shift)
+    h = activate(h, a.activation)
+    if a.w_up is not None:
+        h = h * norm_linear_reference(a.scaled, a.stats, a.norm, a.eps, a.w_up, None, None)
+    mask = keep_mask(a.index, a.count, a.w1.shape[0])
     kept = torch.ones_like(h, dtype=torch.bool)
     if mask is not None:
         kept = kept & mask[:, None]
         h = h.where(kept, 0.0)
-    y = torch.nn.functional.linear(h, w2t.float().T, None if b2 is None else b2.float())
-    rows = (kept & (h != 0) if skip_zeros else kept).sum((1, 2), dtype=torch.int32)
-    y = y + residual
-    return y, *scale_reference(y, gamma), rows
+    y = torch.nn.functional.linear(h, a.w2t.float().T, None if a.b2 is None else a.b2.float())
+    rows = (kept & (h != 0) if a.skip_zeros else kept).sum((1, 2), dtype=torch.int32)
+    y = y + a.residual
+    return y, *scale_reference(y, a.gamma), rows
 
 
-def _norm_mlp(
-    scaled: Tensor,
-    stats: Tensor,
-    norm: str,
-    eps: float,
-    w1: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    w_up: Tensor | None,
-    w2t: Tensor,
-    b2: Tensor | None,
-    residual: Tensor,
-    gamma: Tensor,
-    activation: str,
-    skip_zeros: bool,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_one_token("scaled", scaled, w1.shape[1])
-    check_keep(index, count, scaled.shape[0], w1.shape[0])
-    activation_code(activation)
-    return norm_mlp_reference(
-        scaled, stats, norm, eps, w1, gain, shift, w_up, w2t, b2, residual, gamma, activation,
-        skip_zeros, index, count,
-    )  # fmt: skip
+def _norm_mlp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    NormMlp(*arguments).check()
+    return norm_mlp_reference(*arguments)
 
 
-def _norm_mlp_cuda(
-    scaled: Tensor,
-    stats: Tensor,
-    norm: str,
-    eps: float,
-    w1: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    w_up: Tensor | None,
-    w2t: Tensor,
-    b2: Tensor | None,
-    residual: Tensor,
-    gamma: Tensor,
-    activation: str,
-    skip_zeros: bool,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _norm_mlp_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from shadowc.kernels.cuda.batch import mlp_rows
     from shadowc.kernels.cuda.mlp import mlp
 
-    check_one_token("scaled", scaled, w1.shape[1])
-    check_keep(index, count, scaled.shape[0], w1.shape[0])
-    activation_code(activation)
-    run, x = (mlp, scaled[0, 0]) if scaled.shape[0] == 1 else (mlp_rows, scaled[:, 0])
-    y, following, next_stats, rows = run(
-        x, stats, norm, eps, w1, gain, shift, w_up, w2t, b2, residual[:, 0], gamma, activation,
-        skip_zeros, index, count,
-    )  # fmt: skip
-    return y[:, None], following[:, None], next_stats, rows
+    a = NormMlp(*arguments)
+    a.check()
+    y, scaled, stats, rows = (mlp if len(a.scaled) == 1 else mlp_rows)(a)
+    return y[:, None], scaled[:, None], stats, rows
 
 
-def _norm_mlp_fake(
-    scaled: Tensor,
-    stats: Tensor,
-    norm: str,
-    eps: float,
-    w1: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    w_up: Tensor | None,
-    w2t: Tensor,
-    b2: Tensor | None,
-    residual: Tensor,
-    gamma: Tensor,
-    activation: str,
-    skip_zeros: bool,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch = scaled.shape[0]
-    y, next_stats = (stats.new_empty(s) for s in (scaled.shape, (batch, 1, 2)))
-    return y, gamma.new_empty(scaled.shape), next_stats, stats.new_empty(batch, dtype=torch.int32)
+def _norm_mlp_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = NormMlp(*arguments)
+    batch = a.scaled.shape[0]
+    y, stats = (a.stats.new_empty(s) for s in (a.scaled.shape, (batch, 1, 2)))
+    rows = a.stats.new_empty(batch, dtype=torch.int32)
+    return y, a.gamma.new_empty(a.scaled.shape), stats, rows
 
 
 register(

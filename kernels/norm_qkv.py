@@ -11,123 +11,89 @@ reads the queries of kept heads alone, so nobody writes the others.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from torch import Tensor
 
 from shadowc.kernels.norm_linear import norm_linear_reference
 from shadowc.native import check_keep, check_one_token, keep_mask, register
 
 
-def norm_qkv_reference(
-    scaled: Tensor,
-    stats: Tensor,
-    norm: str,
-    eps: float,
-    wq: Tensor,
-    gq: Tensor | None,
-    sq: Tensor | None,
-    wk: Tensor,
-    gk: Tensor | None,
-    sk: Tensor | None,
-    wv: Tensor,
-    gv: Tensor | None,
-    sv: Tensor | None,
-    head_dim: int,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class NormQkv:
+    """The op's arguments, in order."""
+
+    scaled: Tensor
+    stats: Tensor
+    norm: str
+    eps: float
+    wq: Tensor
+    gq: Tensor | None
+    sq: Tensor | None
+    wk: Tensor
+    gk: Tensor | None
+    sk: Tensor | None
+    wv: Tensor
+    gv: Tensor | None
+    sv: Tensor | None
+    head_dim: int
+    index: Tensor | None
+    count: Tensor | None
+
+    @property
+    def matrices(self) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], ...]:
+        """Weight, gain and shift of queries, keys and values."""
+        return (
+            (self.wq, self.gq, self.sq),
+            (self.wk, self.gk, self.sk),
+            (self.wv, self.gv, self.sv),
+        )
+
+    def check(self) -> None:
+        """Raise KernelError unless they fit together."""
+        check_one_token("scaled", self.scaled, self.wq.shape[1])
+        heads = self.wq.shape[0] // self.head_dim
+        check_keep(self.index, self.count, self.scaled.shape[0], heads)
+
+
+def norm_qkv_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op in plain torch; queries of skipped heads are 0."""
+    a = NormQkv(*arguments)
     q, k, v = (
-        norm_linear_reference(scaled, stats, norm, eps, *matrix).to(scaled.dtype)
-        for matrix in ((wq, gq, sq), (wk, gk, sk), (wv, gv, sv))
+        norm_linear_reference(a.scaled, a.stats, a.norm, a.eps, *matrix).to(a.scaled.dtype)
+        for matrix in a.matrices
     )
-    mask = keep_mask(index, count, wq.shape[0] // head_dim)
+    mask = keep_mask(a.index, a.count, a.wq.shape[0] // a.head_dim)
     if mask is not None:
-        q = q.where(mask.repeat_interleave(head_dim, 1)[:, None], 0.0)
+        q = q.where(mask.repeat_interleave(a.head_dim, 1)[:, None], 0.0)
     return q, k, v
 
 
-def _norm_qkv(
-    scaled: Tensor,
-    stats: Tensor,
-    norm: str,
-    eps: float,
-    wq: Tensor,
-    gq: Tensor | None,
-    sq: Tensor | None,
-    wk: Tensor,
-    gk: Tensor | None,
-    sk: Tensor | None,
-    wv: Tensor,
-    gv: Tensor | None,
-    sv: Tensor | None,
-    head_dim: int,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_one_token("scaled", scaled, wq.shape[1])
-    check_keep(index, count, scaled.shape[0], wq.shape[0] // head_dim)
-    return norm_qkv_reference(
-        scaled, stats, norm, eps, wq, gq, sq, wk, gk, sk, wv, gv, sv, head_dim, index, count
-    )
+def _norm_qkv(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    NormQkv(*arguments).check()
+    return norm_qkv_reference(*arguments)
 
 
-def _norm_qkv_cuda(
-    scaled: Tensor,
-    stats: Tensor,
-    norm: str,
-    eps: float,
-    wq: Tensor,
-    gq: Tensor | None,
-    sq: Tensor | None,
-    wk: Tensor,
-    gk: Tensor | None,
-    sk: Tensor | None,
-    wv: Tensor,
-    gv: Tensor | None,
-    sv: Tensor | None,
-    head_dim: int,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_qkv_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from shadowc.kernels.cuda.batch import project_rows
     from shadowc.kernels.cuda.project import qkv
 
-    batch = scaled.shape[0]
-    check_one_token("scaled", scaled, wq.shape[1])
-    check_keep(index, count, batch, wq.shape[0] // head_dim)
-    matrices = ((wq, gq, sq), (wk, gk, sk), (wv, gv, sv))
-    if batch == 1:
-        q, k, v = qkv(scaled[0, 0], stats, norm, eps, matrices, head_dim, index, count)
-        return q[None, None], k[None, None], v[None, None]
-    # Rows keep different heads: their union is soon all of them.
-    made = []
-    for weight, gain, shift in matrices:
-        out = scaled.new_empty(batch, 1, weight.shape[0])
-        project_rows(scaled[:, 0], stats, norm, eps, weight, gain, shift, out[:, 0])
-        made.append(out)
-    return made[0], made[1], made[2]
+    a = NormQkv(*arguments)
+    a.check()
+    q, k, v = _norm_qkv_fake(*arguments)
+    if len(a.scaled) == 1:
+        qkv(a, q, k, v)
+    else:  # rows keep different heads: their union is soon all of them
+        for matrix, out in zip(a.matrices, (q, k, v), strict=True):
+            project_rows(a.scaled[:, 0], a.stats, a.norm, a.eps, *matrix, out[:, 0])
+    return q, k, v
 
 
-def _norm_qkv_fake(
-    scaled: Tensor,
-    stats: Tensor,
-    norm: str,
-    eps: float,
-    wq: Tensor,
-    gq: Tensor | None,
-    sq: Tensor | None,
-    wk: Tensor,
-    gk: Tensor | None,
-    sk: Tensor | None,
-    wv: Tensor,
-    gv: Tensor | None,
-    sv: Tensor | None,
-    head_dim: int,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    b, t = scaled.shape[:2]
-    q, k, v = (scaled.new_empty((b, t, w.shape[0])) for w in (wq, wk, wv))
+def _norm_qkv_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = NormQkv(*arguments)
+    b, t = a.scaled.shape[:2]
+    q, k, v = (a.scaled.new_empty((b, t, w.shape[0])) for w in (a.wq, a.wk, a.wv))
     return q, k, v
 
 

@@ -12,6 +12,9 @@ None = all heads. -> y float32 [B, 1, C]; scaled and stats of y, as `scale` give
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,78 +22,58 @@ from shadowc.kernels.scale import scale_reference
 from shadowc.native import check_keep, check_one_token, keep_mask, register
 
 
-def scaled_out_proj_reference(
-    ctx: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    gamma: Tensor,
-    head_dim: int,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class ScaledOutProj:
+    """The op's arguments, in order."""
+
+    ctx: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor
+    gamma: Tensor
+    head_dim: int
+    index: Tensor | None
+    count: Tensor | None
+
+    def check(self) -> None:
+        """Raise KernelError unless they fit together."""
+        check_one_token("ctx", self.ctx, self.weight.shape[1])
+        heads = self.weight.shape[1] // self.head_dim
+        check_keep(self.index, self.count, self.ctx.shape[0], heads)
+
+
+def scaled_out_proj_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op in plain torch."""
-    ctx = ctx.float()
-    mask = keep_mask(index, count, weight.shape[1] // head_dim)
+    a = ScaledOutProj(*arguments)
+    ctx, bias = a.ctx.float(), None if a.bias is None else a.bias.float()
+    mask = keep_mask(a.index, a.count, a.weight.shape[1] // a.head_dim)
     if mask is not None:
-        ctx = ctx.where(mask.repeat_interleave(head_dim, 1)[:, None], 0.0)
-    y = torch.nn.functional.linear(ctx, weight.float(), None if bias is None else bias.float())
-    y = y + residual
-    return y, *scale_reference(y, gamma)
+        ctx = ctx.where(mask.repeat_interleave(a.head_dim, 1)[:, None], 0.0)
+    y = torch.nn.functional.linear(ctx, a.weight.float(), bias) + a.residual
+    return y, *scale_reference(y, a.gamma)
 
 
-def _scaled_out_proj(
-    ctx: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    gamma: Tensor,
-    head_dim: int,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_one_token("ctx", ctx, weight.shape[1])
-    check_keep(index, count, ctx.shape[0], weight.shape[1] // head_dim)
-    return scaled_out_proj_reference(ctx, weight, bias, residual, gamma, head_dim, index, count)
+def _scaled_out_proj(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    ScaledOutProj(*arguments).check()
+    return scaled_out_proj_reference(*arguments)
 
 
-def _scaled_out_proj_cuda(
-    ctx: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    gamma: Tensor,
-    head_dim: int,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scaled_out_proj_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from shadowc.kernels.cuda.batch import out_proj_rows
     from shadowc.kernels.cuda.out_proj import out_proj
 
-    check_one_token("ctx", ctx, weight.shape[1])
-    check_keep(index, count, ctx.shape[0], weight.shape[1] // head_dim)
-    if ctx.shape[0] == 1:
-        y, scaled, stats = out_proj(
-            ctx[0, 0], weight, bias, residual[0, 0], gamma, head_dim, index, count
-        )
-        return y[None, None], scaled[None, None], stats[None]
-    y, scaled, stats = out_proj_rows(ctx[:, 0], weight, bias, residual[:, 0], gamma)
+    a = ScaledOutProj(*arguments)
+    a.check()
+    y, scaled, stats = (out_proj if len(a.ctx) == 1 else out_proj_rows)(a)
     return y[:, None], scaled[:, None], stats
 
 
-def _scaled_out_proj_fake(
-    ctx: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    gamma: Tensor,
-    head_dim: int,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    size = (*ctx.shape[:-1], weight.shape[0])
-    y, stats = (ctx.new_empty(s, dtype=torch.float32) for s in (size, (ctx.shape[0], 1, 2)))
-    return y, gamma.new_empty(size), stats
+def _scaled_out_proj_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = ScaledOutProj(*arguments)
+    size = (*a.ctx.shape[:-1], a.weight.shape[0])
+    sizes = size, (a.ctx.shape[0], 1, 2)
+    y, stats = (a.ctx.new_empty(s, dtype=torch.float32) for s in sizes)
+    return y, a.gamma.new_empty(size), stats
 
 
 register(

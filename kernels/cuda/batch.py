@@ -17,6 +17,8 @@ from shadowc.cuda import launch
 from shadowc.errors import KernelError
 from shadowc.kernels.cuda.blocks import activate, follow
 from shadowc.kernels.cuda.mlp import finish
+from shadowc.kernels.norm_mlp import NormMlp
+from shadowc.kernels.scaled_out_proj import ScaledOutProj
 
 MOST_ROWS = 16
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
@@ -242,18 +244,16 @@ def project_rows(
     )  # fmt: skip
 
 
-def out_proj_rows(
-    ctx: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y fp32 [B, C], scaled [B, C] and stats fp32 [B, parts, 2] of ctx [B, W]."""
-    batch, (rows, columns) = len(ctx), weight.shape
+def out_proj_rows(a: ScaledOutProj) -> tuple[Tensor, Tensor, Tensor]:
+    """y fp32 [B, C], scaled [B, C] and stats fp32 [B, parts, 2]; ctx is 0 for skipped heads."""
+    batch, (rows, columns) = len(a.ctx), a.weight.shape
     parts = triton.cdiv(rows, BLOCK_ROWS)
     sizes = (batch, rows), (batch, parts, 2)
-    y, stats = (ctx.new_empty(size, dtype=torch.float32) for size in sizes)
-    scaled = gamma.new_empty(batch, rows)
+    y, stats = (a.gamma.new_empty(size, dtype=torch.float32) for size in sizes)
+    scaled = a.gamma.new_empty(batch, rows)
     launch(
         out_proj_rows_kernel, (parts,),
-        ctx, weight, bias, residual, gamma, y, scaled, stats,
+        a.ctx, a.weight, a.bias, a.residual, a.gamma, y, scaled, stats,
         B=batch, N=columns_of(batch), ROWS=rows, C=columns, BN=BLOCK_ROWS, BK=BLOCK_COLUMNS,
         warps=4, pdl=True,
     )  # fmt: skip
@@ -271,42 +271,28 @@ def union(index: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return every, size, mask
 
 
-def mlp_rows(
-    x: Tensor,
-    stats: Tensor,
-    norm: str,
-    eps: float,
-    w1: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    w_up: Tensor | None,
-    w2t: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    gamma: Tensor,
-    activation: str,
-    skip_zeros: bool,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mlp_rows(a: NormMlp) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y fp32 [B, C], scaled [B, C], stats fp32 [B, parts, 2] and rows int32 [B]."""
-    batch, (neurons, columns) = len(x), w1.shape
-    mask = None
+    batch, (neurons, columns) = len(a.scaled), a.w1.shape
+    index, count, mask = a.index, a.count, None
     if index is not None and count is not None:
         index, count, mask = union(index, count)
-    h = x.new_empty(batch, neurons)
+    h = a.scaled.new_empty(batch, neurons)
     launch(
         hidden_kernel, (triton.cdiv(neurons, BLOCK_ROWS),),
-        x, stats, w1, gain, shift, w_up, h, index, count, mask, eps,
+        a.scaled, a.stats, a.w1, a.gain, a.shift, a.w_up, h, index, count, mask, a.eps,
         B=batch, N=columns_of(batch), F=neurons, C=columns, BN=BLOCK_ROWS, BK=BLOCK_COLUMNS,
-        NORM=norm, PARTS=stats.shape[-2], ACT=activation, warps=4, pdl=True,
+        NORM=a.norm, PARTS=a.stats.shape[-2], ACT=a.activation, warps=4, pdl=True,
     )  # fmt: skip
-    partial = stats.new_empty(SPLITS, batch, columns)
-    read = stats.new_empty(SPLITS, batch, dtype=torch.int32)
+    partial = a.stats.new_empty(SPLITS, batch, columns)
+    read = a.stats.new_empty(SPLITS, batch, dtype=torch.int32)
     launch(
         weigh_kernel, (triton.cdiv(columns, 128), SPLITS),
-        h, w2t, partial, read, index, count,
-        B=batch, N=columns_of(batch), F=neurons, C=columns, R=64, BC=128, SKIP=skip_zeros,
+        h, a.w2t, partial, read, index, count,
+        B=batch, N=columns_of(batch), F=neurons, C=columns, R=64, BC=128, SKIP=a.skip_zeros,
         warps=4, pdl=True,
     )  # fmt: skip
-    return finish(partial, read, bias, residual, gamma)
+    y, scaled, stats, rows = finish(partial, read, a.b2, a.residual, a.gamma)
+    if not a.skip_zeros:  # every row of the second projection that a row keeps
+        rows = rows.fill_(neurons) if a.count is None else a.count
+    return y, scaled, stats, rows

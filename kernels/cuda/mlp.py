@@ -27,6 +27,7 @@ from shadowc.kernels.cuda.blocks import (
     tile,
 )
 from shadowc.kernels.cuda.project import tile_width
+from shadowc.kernels.norm_mlp import NormMlp
 
 
 @triton.jit
@@ -123,34 +124,18 @@ def finish(
     return y, scaled, stats, rows
 
 
-def mlp(
-    x: Tensor,
-    stats: Tensor,
-    norm: str,
-    eps: float,
-    w1: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    w_up: Tensor | None,
-    w2t: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    gamma: Tensor,
-    activation: str,
-    skip_zeros: bool,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y fp32 [1, C], scaled [1, C], stats fp32 [1, parts, 2], rows int32 [1] for x [C]."""
-    neurons, columns = w1.shape
+def mlp(a: NormMlp) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y fp32 [1, C], scaled [1, C], stats fp32 [1, parts, 2], rows int32 [1] of one token."""
+    neurons, columns = a.w1.shape
     settings = profile()
     programs = settings.mlp_programs * settings.multiprocessors
-    partial = stats.new_empty(programs, 1, columns)
-    read = stats.new_empty(programs, 1, dtype=torch.int32)
+    partial = a.stats.new_empty(programs, 1, columns)
+    read = a.stats.new_empty(programs, 1, dtype=torch.int32)
     launch(
         mlp_kernel, (programs,),
-        x, stats, w1, gain, shift, w_up, w2t, partial, read, index, count, eps,
-        F=neurons, C=columns, BN=settings.mlp_rows, BK=tile_width(columns), NORM=norm,
-        PARTS=stats.shape[-2], ACT=activation, SKIP=skip_zeros, warps=4, pdl=True,
+        a.scaled, a.stats, a.w1, a.gain, a.shift, a.w_up, a.w2t, partial, read, a.index, a.count,
+        a.eps,
+        F=neurons, C=columns, BN=settings.mlp_rows, BK=tile_width(columns), NORM=a.norm,
+        PARTS=a.stats.shape[-2], ACT=a.activation, SKIP=a.skip_zeros, warps=4, pdl=True,
     )  # fmt: skip
-    return finish(partial, read, bias, residual, gamma)
+    return finish(partial, read, a.b2, a.residual, a.gamma)

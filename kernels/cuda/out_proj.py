@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shadowc.cuda import launch, profile
 from shadowc.kernels.cuda.blocks import follow, leave
+from shadowc.kernels.scaled_out_proj import ScaledOutProj
 
 WIDTH = 512
 
@@ -56,26 +57,18 @@ def out_proj_kernel(
     leave(y, row, live, pid, gamma_ptr, out_ptr, scaled_ptr, stats_ptr)
 
 
-def out_proj(
-    ctx: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    gamma: Tensor,
-    head_dim: int,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y fp32 [C], scaled [C] and stats fp32 [parts, 2] of one token."""
-    columns, width = weight.shape
+def out_proj(a: ScaledOutProj) -> tuple[Tensor, Tensor, Tensor]:
+    """y fp32 [1, C], scaled [1, C] and stats fp32 [1, parts, 2] of one token."""
+    columns, width = a.weight.shape
     block = profile().project_rows
     parts = triton.cdiv(columns, block)
-    y, stats = (gamma.new_empty(*s, dtype=torch.float32) for s in ((columns,), (parts, 2)))
-    scaled = gamma.new_empty(columns)
+    sizes = (1, columns), (1, parts, 2)
+    y, stats = (a.gamma.new_empty(size, dtype=torch.float32) for size in sizes)
+    scaled = a.gamma.new_empty(1, columns)
     launch(
         out_proj_kernel, (parts,),
-        ctx, weight, bias, residual, gamma, y, scaled, stats, index, count,
-        H=width // head_dim, D=head_dim, C=columns, BN=block,
+        a.ctx, a.weight, a.bias, a.residual, a.gamma, y, scaled, stats, a.index, a.count,
+        H=width // a.head_dim, D=a.head_dim, C=columns, BN=block,
         BK=min(WIDTH, triton.next_power_of_2(width)), warps=4, pdl=True,
     )  # fmt: skip
     return y, scaled, stats

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shadowc.cuda import launch, profile
 from shadowc.kernels.cuda.blocks import activate, ask_row, dots, follow, moments, normalise, rows_of
+from shadowc.kernels.norm_qkv import NormQkv
 
 WIDEST = 1024
 """Columns of a tile: four warps of 16 bytes a thread."""
@@ -121,26 +122,14 @@ def project(
     )  # fmt: skip
 
 
-def qkv(
-    x: Tensor,
-    stats: Tensor,
-    norm: str,
-    eps: float,
-    matrices: tuple[tuple[Tensor, Tensor | None, Tensor | None], ...],
-    head_dim: int,
-    index: Tensor | None,
-    count: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [H*D], k and v [G*D] of one token, in x's type; q of skipped heads is left unwritten."""
-    (wq, gq, sq), (wk, gk, sk), (wv, gv, sv) = matrices
-    columns = wq.shape[1]
-    q, k, v = (x.new_empty(w.shape[0]) for w in (wq, wk, wv))
-    block = profile().project_rows
-    rows = wq.shape[0] + wk.shape[0] + wv.shape[0]
+def qkv(a: NormQkv, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Write q [H*D], k and v [G*D] of one token; q of skipped heads stays as it is."""
+    columns, block = a.wq.shape[1], profile().project_rows
+    rows = sum(weight.shape[0] for weight, _, _ in a.matrices)
     launch(
         qkv_kernel, (triton.cdiv(rows, block),),
-        x, stats, wq, gq, sq, wk, gk, sk, wv, gv, sv, q, k, v, index, count, eps,
-        H=wq.shape[0] // head_dim, G=wk.shape[0] // head_dim, D=head_dim, C=columns,
-        BN=block, BK=tile_width(columns), NORM=norm, PARTS=stats.shape[-2], warps=4, pdl=True,
+        a.scaled, a.stats, *(part for matrix in a.matrices for part in matrix), q, k, v,
+        a.index, a.count, a.eps,
+        H=a.wq.shape[0] // a.head_dim, G=a.wk.shape[0] // a.head_dim, D=a.head_dim, C=columns,
+        BN=block, BK=tile_width(columns), NORM=a.norm, PARTS=a.stats.shape[-2], warps=4, pdl=True,
     )  # fmt: skip
-    return q, k, v
