@@ -17,8 +17,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shadowc.kernels import linear as _register  # noqa: F401
 from shadowc.kernels.scale import norm_reference
 from shadowc.native import check_one_token, register
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T in float32; on a CPU without a float32 copy of the weight."""
+    if weight.device.type == "cpu":
+        found: Tensor = torch.ops.shadowc.linear(x.float().contiguous(), weight, None)
+        return found
+    return torch.nn.functional.linear(x.float(), weight.float())
 
 
 def norm_linear_reference(
@@ -31,7 +40,7 @@ def norm_linear_reference(
     shift: Tensor | None,
 ) -> Tensor:
     """The op in plain torch."""
-    y = torch.nn.functional.linear(scaled.float(), weight.float())
+    y = product(scaled, weight)
     return norm_reference(y, stats, norm, eps, weight.shape[1], gain, shift)
 
 

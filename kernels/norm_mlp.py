@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowc.kernels import sparse_out_proj as _register  # noqa: F401
 from shadowc.kernels.norm_linear import norm_linear_reference
 from shadowc.kernels.scale import scale_reference
 from shadowc.native import (
@@ -73,9 +74,12 @@ def norm_mlp_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     if mask is not None:
         kept = kept & mask[:, None]
         h = h.where(kept, 0.0)
-    y = torch.nn.functional.linear(h, a.w2t.float().T, None if a.b2 is None else a.b2.float())
+    if a.w2t.device.type == "cpu":  # without a float32 copy of the weight
+        y = torch.ops.shadowc.sparse_out_proj(h, a.w2t, None, None, 1, None, None)
+    else:
+        y = h @ a.w2t.float()
     rows = (kept & (h != 0) if a.skip_zeros else kept).sum((1, 2), dtype=torch.int32)
-    y = y + a.residual
+    y = y + a.residual if a.b2 is None else y + a.residual + a.b2
     return y, *scale_reference(y, a.gamma), rows
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowc.kernels.norm_linear import product
 from shadowc.kernels.scale import scale_reference
 from shadowc.native import check_keep, check_one_token, keep_mask, register
 
@@ -45,11 +46,13 @@ class ScaledOutProj:
 def scaled_out_proj_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op in plain torch."""
     a = ScaledOutProj(*arguments)
-    ctx, bias = a.ctx.float(), None if a.bias is None else a.bias.float()
+    ctx = a.ctx
     mask = keep_mask(a.index, a.count, a.weight.shape[1] // a.head_dim)
     if mask is not None:
         ctx = ctx.where(mask.repeat_interleave(a.head_dim, 1)[:, None], 0.0)
-    y = torch.nn.functional.linear(ctx, a.weight.float(), bias) + a.residual
+    y = product(ctx, a.weight) + a.residual
+    if a.bias is not None:
+        y = y + a.bias
     return y, *scale_reference(y, a.gamma)
 
 

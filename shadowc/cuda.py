@@ -15,6 +15,7 @@ how it is launched. Values of integers and floats are not part of it.
 from __future__ import annotations
 
 import ast
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -259,6 +260,11 @@ _SLOTS = {"pointer": "Q", "i32": "i4x", "i64": "q", "fp32": "f4x"}
 _KIND = re.compile(r"constexpr|i32|i64|fp32|\*(?:" + "|".join(_TYPES.values()) + ")")
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _KEY_DIGITS = 20
+
+_PARSES = 8
+"""Tries of a compilation: Triton parses its source, and in CPython 3.11 threads that parse at once
+share a counter (SystemError: AST constructor recursion depth mismatch).
+"""
 
 
 @dataclass(frozen=True)
@@ -658,13 +664,22 @@ def compile_kernel(kernel: Any, spec: KernelSpec, arch: int) -> Image:
         dict(spec.constants),
         {(order.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},
     )
+
+    def compile_once() -> Any:
+        return triton.compile(
+            source,
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": spec.warps, "launch_pdl": spec.pdl},
+        )
+
     try:
         with _without_lines(triton.knobs.compilation):
-            compiled = triton.compile(
-                source,
-                target=GPUTarget("cuda", arch, 32),
-                options={"num_warps": spec.warps, "launch_pdl": spec.pdl},
-            )
+            for _ in range(_PARSES):
+                with contextlib.suppress(SystemError):
+                    compiled = compile_once()
+                    break
+            else:
+                compiled = compile_once()
     except Exception as error:  # whatever stage of Triton, LLVM or ptxas it was
         raise KernelError(
             f"kernel {spec.name} cannot be compiled for sm_{arch}", got=f"{error}".strip()

@@ -26,7 +26,7 @@ SPLITS = 8
 
 
 @triton.jit
-def product(w_ptr, row, live, x_ptr, B: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+def product(w_ptr, row, live, x_ptr, B, N: tl.constexpr, C: tl.constexpr,
             BK: tl.constexpr):  # fmt: skip
     """fp32 [BN, N]: rows [BN] of w [., C] times the rows of x [B, C]."""
     lane, b = tl.arange(0, BK), tl.arange(0, N)
@@ -43,8 +43,8 @@ def product(w_ptr, row, live, x_ptr, B: tl.constexpr, N: tl.constexpr, C: tl.con
 
 @triton.jit
 def normalised(
-    y, row, live, stats_ptr, gain_ptr, shift_ptr, eps,
-    B: tl.constexpr, N: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr,
+    y, row, live, stats_ptr, gain_ptr, shift_ptr, eps, B,
+    N: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """What the norms of x make of y = w . gamma x, fp32 [BN, N]."""
     b = tl.arange(0, N)
@@ -69,8 +69,8 @@ def normalised(
 
 @triton.jit
 def project_rows_kernel(
-    x_ptr, stats_ptr, w_ptr, gain_ptr, shift_ptr, out_ptr, eps,
-    B: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
+    x_ptr, stats_ptr, w_ptr, gain_ptr, shift_ptr, out_ptr, eps, B,
+    N: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, ROWS]; grid (ROWS / BN)."""
@@ -86,8 +86,8 @@ def project_rows_kernel(
 
 @triton.jit
 def out_proj_rows_kernel(
-    ctx_ptr, w_ptr, bias_ptr, residual_ptr, gamma_ptr, out_ptr, scaled_ptr, stats_ptr,
-    B: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
+    ctx_ptr, w_ptr, bias_ptr, residual_ptr, gamma_ptr, out_ptr, scaled_ptr, stats_ptr, B,
+    N: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y, scaled [B, ROWS] and stats [B, parts, 2]; grid (parts), parts = ROWS / BN."""
@@ -125,8 +125,8 @@ def mark_kernel(
 
 @triton.jit
 def union_kernel(
-    mask_ptr, index_ptr, count_ptr,
-    B: tl.constexpr, F: tl.constexpr, POWER: tl.constexpr, PDL: tl.constexpr,
+    mask_ptr, index_ptr, count_ptr, B,
+    F: tl.constexpr, POWER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Units in any row's keep set, ascending: index [F], count [1]; grid (1)."""
     unit = tl.arange(0, POWER)
@@ -140,8 +140,8 @@ def union_kernel(
 @triton.jit
 def hidden_kernel(
     x_ptr, stats_ptr, w1_ptr, gain_ptr, shift_ptr, up_ptr, out_ptr, index_ptr, count_ptr, mask_ptr,
-    eps,
-    B: tl.constexpr, N: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
+    eps, B,
+    N: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -171,8 +171,8 @@ def hidden_kernel(
 
 @triton.jit
 def weigh_kernel(
-    h_ptr, w_ptr, partial_ptr, read_ptr, index_ptr, count_ptr,
-    B: tl.constexpr, N: tl.constexpr, F: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    h_ptr, w_ptr, partial_ptr, read_ptr, index_ptr, count_ptr, B,
+    N: tl.constexpr, F: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of w2t weighted by h: partial [S, B, C], rows needed [S, B]; grid (C / BC, S)."""
@@ -238,8 +238,8 @@ def project_rows(
     rows, columns = weight.shape
     launch(
         project_rows_kernel, (triton.cdiv(rows, BLOCK_ROWS),),
-        x, stats, weight, gain, shift, out, eps,
-        B=len(x), N=columns_of(len(x)), ROWS=rows, C=columns, BN=BLOCK_ROWS, BK=BLOCK_COLUMNS,
+        x, stats, weight, gain, shift, out, eps, len(x),
+        N=columns_of(len(x)), ROWS=rows, C=columns, BN=BLOCK_ROWS, BK=BLOCK_COLUMNS,
         NORM=norm, PARTS=1 if stats is None else stats.shape[-2], warps=4, pdl=True,
     )  # fmt: skip
 
@@ -253,8 +253,8 @@ def out_proj_rows(a: ScaledOutProj) -> tuple[Tensor, Tensor, Tensor]:
     scaled = a.gamma.new_empty(batch, rows)
     launch(
         out_proj_rows_kernel, (parts,),
-        a.ctx, a.weight, a.bias, a.residual, a.gamma, y, scaled, stats,
-        B=batch, N=columns_of(batch), ROWS=rows, C=columns, BN=BLOCK_ROWS, BK=BLOCK_COLUMNS,
+        a.ctx, a.weight, a.bias, a.residual, a.gamma, y, scaled, stats, batch,
+        N=columns_of(batch), ROWS=rows, C=columns, BN=BLOCK_ROWS, BK=BLOCK_COLUMNS,
         warps=4, pdl=True,
     )  # fmt: skip
     return y, scaled, stats
@@ -264,10 +264,10 @@ def union(index: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """index int32 [F], count int32 [1] of the union of keep sets [B, F], masks int8 [B, F]."""
     batch, units = index.shape
     power = triton.next_power_of_2(units)
-    mask = index.new_empty(batch, units, dtype=torch.int8)
+    mask = index.new_zeros(batch, units, dtype=torch.int8)
     launch(mark_kernel, (batch,), index, count, mask, F=units, POWER=power, warps=8)
     every, size = index.new_empty(units), count.new_empty(1)
-    launch(union_kernel, (1,), mask, every, size, B=batch, F=units, POWER=power, warps=8)
+    launch(union_kernel, (1,), mask, every, size, batch, F=units, POWER=power, warps=8)
     return every, size, mask
 
 
@@ -281,15 +281,15 @@ def mlp_rows(a: NormMlp) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     launch(
         hidden_kernel, (triton.cdiv(neurons, BLOCK_ROWS),),
         a.scaled, a.stats, a.w1, a.gain, a.shift, a.w_up, h, index, count, mask, a.eps,
-        B=batch, N=columns_of(batch), F=neurons, C=columns, BN=BLOCK_ROWS, BK=BLOCK_COLUMNS,
+        batch, N=columns_of(batch), F=neurons, C=columns, BN=BLOCK_ROWS, BK=BLOCK_COLUMNS,
         NORM=a.norm, PARTS=a.stats.shape[-2], ACT=a.activation, warps=4, pdl=True,
     )  # fmt: skip
     partial = a.stats.new_empty(SPLITS, batch, columns)
     read = a.stats.new_empty(SPLITS, batch, dtype=torch.int32)
     launch(
         weigh_kernel, (triton.cdiv(columns, 128), SPLITS),
-        h, a.w2t, partial, read, index, count,
-        B=batch, N=columns_of(batch), F=neurons, C=columns, R=64, BC=128, SKIP=a.skip_zeros,
+        h, a.w2t, partial, read, index, count, batch,
+        N=columns_of(batch), F=neurons, C=columns, R=64, BC=128, SKIP=a.skip_zeros,
         warps=4, pdl=True,
     )  # fmt: skip
     y, scaled, stats, rows = finish(partial, read, a.b2, a.residual, a.gamma)

@@ -78,8 +78,8 @@ def mlp_kernel(
 @triton.jit
 def finish_kernel(
     partial_ptr, read_ptr, bias_ptr, residual_ptr, gamma_ptr, out_ptr, scaled_ptr, stats_ptr,
-    rows_ptr,
-    P: tl.constexpr, B: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+    rows_ptr, B,
+    P: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Sum of partial [P, B, C] over P, with bias and residual; grid (C / BC, B)."""
@@ -117,8 +117,8 @@ def finish(
     scaled, rows = gamma.new_empty(batch, columns), read.new_empty(batch)
     launch(
         finish_kernel, (parts, batch),
-        partial, read, bias, residual, gamma, y, scaled, stats, rows,
-        P=programs, B=batch, C=columns, R=min(128, triton.next_power_of_2(programs)), BC=block,
+        partial, read, bias, residual, gamma, y, scaled, stats, rows, batch,
+        P=programs, C=columns, R=min(128, triton.next_power_of_2(programs)), BC=block,
         warps=4, pdl=True,
     )  # fmt: skip
     return y, scaled, stats, rows

@@ -61,6 +61,7 @@ class CudaCache(KVCache):
         self.start = torch.zeros(batch, dtype=torch.int64, device=memory.start.device)
         self.keep: dict[str, Tensor] = {}
 
+    @torch.inference_mode()
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give row i the past of row `beam_idx[i]`, in place: graphs know the addresses."""
         for tensor in self.tensors:
@@ -151,7 +152,8 @@ class CudaSession(Session):
             results = self._prompt(name, ids.to(self._device), cache)
         cache.length += tokens
         cache.steps = 0 if prompt else cache.steps + 1
-        cache.keep = {key: value[:, : cache.batch] for key, value in memory.keep.items()}
+        held = {key: value[:, : cache.batch] for key, value in memory.keep.items()}
+        cache.keep = held | {k: v for k, v in results.items() if k.startswith(KEEP_PREFIXES)}
         return results
 
     def _prompt(self, name: str, ids: Tensor, cache: CudaCache) -> dict[str, Any]:
@@ -177,6 +179,8 @@ class CudaSession(Session):
         rows, batch = memory.rows, value.shape[1]
         if key not in memory.keep:
             memory.keep[key] = value.new_zeros(value.shape[0], rows, *value.shape[2:])
+            if key.endswith("_index"):  # rows that pad the batch keep none of all units
+                memory.keep[key] += torch.arange(value.shape[2], device=value.device)
         memory.keep[key][:, :batch] = value
 
     def _replay(self, name: str, ids: Tensor, cache: CudaCache) -> dict[str, Any]:

@@ -19,9 +19,7 @@ HALF = Policy(0.5, 0.5, min_neurons=2)
 def test_variants_take_turns_and_all_decode_the_same_tokens(monkeypatch):
     monkeypatch.setattr(bench, "TURN", 4)
     log = []
-    variants = [
-        Variant(lambda token, name=name: log.append((name, int(token)))) for name in "abc"
-    ]
+    variants = [Variant(lambda token, name=name: log.append((name, int(token)))) for name in "abc"]
     _take_turns(variants, torch.arange(12)[None], lambda share: None)
     for name in "abc":
         assert [token for who, token in log if who == name] == list(range(12))

@@ -24,7 +24,7 @@ from shadowc import cuda, native
 from shadowc.artifact import MANIFEST, open_artifact
 from shadowc.compiler import build_programs
 from shadowc.config import Policy
-from shadowc.errors import ArtifactError, KernelError, LengthError, NumericsError, OptionError
+from shadowc.errors import ArtifactError, KernelError, LengthError, OptionError
 from shadowc.evaluation.numerics import check_numerics
 from shadowc.passes.manager import copy_module
 from shadowc.runtime.cuda import CudaSession
@@ -254,14 +254,7 @@ def prompt_kernels(session: Session, program: str, batch: int, tokens: int, dtyp
     [
         1,
         2,
-        pytest.param(
-            3,
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="a prompt runs for its own rows: kernels of 3 are not recorded",
-            ),
-        ),
+        3,
         4,
     ],
 )
@@ -503,14 +496,7 @@ def test_graphs_over_padded_rows_give_what_a_plain_session_gives(tiny, played, n
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            "token",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=NumericsError,
-                reason="cache.keep, which the check reads, is kept for `hold` alone",
-            ),
-        ),
+        "token",
         "every 3",
         "prompt",
         "static",
@@ -547,9 +533,6 @@ def test_memory_is_lent_to_one_batch_after_the_other(tiny_opt, played):
         torch.inference_mode,
         pytest.param(
             torch.no_grad,  # that of transformers' generate
-            marks=pytest.mark.xfail(
-                strict=True, raises=RuntimeError, reason="keep sets are inference tensors"
-            ),
         ),
     ],
 )

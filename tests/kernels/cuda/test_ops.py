@@ -404,11 +404,6 @@ def test_norm_mlp(batch, width, neurons, gated, share, dtype):
 
 
 @interpreted
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="weigh_kernel counts non-zero activations though it reads all",
-)
 def test_rows_of_a_batch_that_skips_no_zeros():
     clean, keep, _ = mlp(3, 64, 96, False, "None", HALF)
     got = norm_mlp._norm_mlp_cuda(*clean, "relu", False, *keep)
@@ -478,11 +473,6 @@ def test_union(share, units):
 
 
 @interpreted
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="mark_kernel writes only the units that the index names",
-)
 def test_union_with_a_row_that_pads_the_batch(monkeypatch):
     """CudaSession leaves zeros in the keep sets of such rows, as long as no graph has run."""
     index, count = keep_set("half", 2, 20)
