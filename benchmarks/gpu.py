@@ -8,6 +8,8 @@ and figures are medians of rounds.
     dense      every unit: the faster of cuBLAS + SDPA and our own kernels, both as CUDA graphs
     exact      every unit, rows of exactly zero activations not read (ReLU)
     30%, ...   that share of heads and of neurons skipped, as executed, zero rows not read
+    DejaVu     two-layer predictors of the published ranks before every attention and MLP, top-k in
+               every layer, 50% of the units, the same kernels otherwise
     95% zeros  the biases of the first MLP projection shifted so that 95% of activations are zero
 
 Bytes are those that must be read: weights of what runs, the predictor's and the output head's, and
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import operator
 import statistics
 import sys
 import time
@@ -28,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from transformers import GenerationConfig
 
 from shadowc import cuda
@@ -37,10 +40,11 @@ from shadowc.calibration.store import Calibration
 from shadowc.compiler import build_programs
 from shadowc.config import ModelShape, Policy
 from shadowc.models import FAMILIES, LoadedModel, ModelSource, known_config, model_shape
-from shadowc.passes.manager import copy_module
+from shadowc.passes.manager import copy_module, eliminate_dead_code
 from shadowc.runtime.cuda import CudaSession
 from shadowc.runtime.model import ShadowModel
-from shadowc.runtime.session import Session
+from shadowc.runtime.program import Program
+from shadowc.runtime.session import KEEP_PREFIXES, Session
 from shadowc.runtime.usage import Usage
 from shadowc.targets import load_target
 from shadowc.trace import trace
@@ -93,6 +97,73 @@ def random_calibration(shape: ModelShape, rank: int) -> Calibration:
     )  # fmt: skip
 
 
+def dejavu(
+    program: Program, shape: ModelShape, share: float, dtype: torch.dtype
+) -> tuple[Program, dict[str, Tensor]]:
+    """A decode program with a predictor before every attention and MLP instead of one for all.
+
+    Each reads the residual stream where it stands: relu(x A^T) B^T of rank 1000 for heads and 512
+    for neurons, then the best units of the layer. Source: DejaVu, Liu et al. 2023 (sizes as in the
+    code that was published with it).
+
+    Args:
+        program: A `decode` program.
+        shape: Of the model.
+        share: Of each layer's units that do not run.
+        dtype: Of the weights.
+
+    Returns:
+        The program, and its new weights without memory.
+    """
+    ops, aten = torch.ops.shadowc, torch.ops.aten
+    graph = copy.deepcopy(program.graph)
+    made: dict[str, Tensor] = {}
+    chosen: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    inputs = graph.find_nodes(op="placeholder")
+    last_weight = inputs[len(program.weights) - 1]
+
+    def choose(feature: fx.Node, before: fx.Node, units: int, rank: int) -> tuple[fx.Node, ...]:
+        nonlocal last_weight
+        weights = []
+        for size in ((rank, shape.hidden), (units, rank)):
+            name = f"dejavu.{len(made)}"
+            made[name] = torch.empty(size, dtype=dtype, device="meta")
+            with graph.inserting_after(last_weight):
+                last_weight = graph.placeholder(name.replace(".", "_"))
+            weights.append(last_weight)
+        call = graph.call_function
+        with graph.inserting_before(before):
+            code = call(aten.relu.default, (call(ops.linear.default, (feature, weights[0], None)),))
+            scores = call(ops.linear.default, (code, weights[1], None))
+            kept = call(ops.select.default, (scores, round(units * (1 - share)), 0, True))
+            parts = [call(operator.getitem, (kept, i)) for i in range(2)]
+            index, count = (call(aten.select.int, (part, 0, 0)) for part in parts)
+        return index, count
+
+    for node in list(graph.nodes):
+        if node.target is ops.norm_mlp.default:
+            residual = node.args[10]
+            node.args = (*node.args[:-2], *choose(residual, node, shape.ffn, 512))
+        elif node.target is ops.norm_qkv.default and node.args[-2] is not None:
+            stream = next(u for u in node.args[0].args[0].users if u.args[1] == 0)
+            chosen[node.args[-2]] = choose(stream, node, shape.heads, 1000)
+            node.args = (*node.args[:-2], *chosen[node.args[-2]])
+        elif node.target in (ops.decode_attention.default, ops.scaled_out_proj.default):
+            if node.args[-2] is not None:
+                node.args = (*node.args[:-2], *chosen[node.args[-2]])
+    (returned,) = graph.output_node().args
+    kept = [i for i, name in enumerate(program.outputs) if not name.startswith(KEEP_PREFIXES)]
+    graph.output_node().args = (tuple(returned[i] for i in kept),)
+    eliminate_dead_code(graph)
+    graph.lint()
+    return replace(
+        program,
+        graph=graph,
+        weights=(*program.weights, *made),
+        outputs=tuple(program.outputs[i] for i in kept),
+    ), made
+
+
 def random_weights(packed: Mapping[str, Tensor], hidden: int) -> dict[str, Tensor]:
     """Weights on the GPU for tensors that have none."""
     made: dict[str, Tensor] = {}
@@ -122,7 +193,10 @@ def shift_biases(tensors: Mapping[str, Tensor], by: float) -> None:
 class Bench:
     """One model: programs of several budgets over one set of weights."""
 
-    def __init__(self, name: str, dtype: torch.dtype, rank: int, slots: int) -> None:
+    def __init__(
+        self, name: str, dtype: torch.dtype, rank: int, slots: int, batches: tuple[int, ...] = (1,)
+    ) -> None:
+        self.dtype, self.batches = dtype, batches
         loaded = meta_model(name, dtype)
         self.shape, self.config = loaded.shape, loaded.model.config
         self.policy = Policy(0.5, 0.5)
@@ -153,7 +227,15 @@ class Bench:
             node.args = (node.args[0], after[before.index(node.args[1])], *node.args[2:])
         session = self.session.with_program("decode", replace(program, graph=graph))
         session.policy = policy
-        return CudaSession.of(session, (1,))
+        return CudaSession.of(session, self.batches)
+
+    def with_dejavu(self, share: float) -> Session:
+        """The decode program with a predictor before every attention and MLP."""
+        program, new = dejavu(self.session.programs["decode"], self.shape, share, self.dtype)
+        session = self.session.with_program("decode", program)
+        session.predictor_bytes = sum(value.nbytes for value in new.values())
+        session.tensors = {**self.session.tensors, **new}
+        return session
 
 
 def player(
@@ -237,6 +319,10 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
     if "exact" in plain.programs:
         made["exact"] = (plain, "exact")
     made |= {f"{share:.0%}": (bench.with_budget(share), "decode") for share in options.sparsities}
+    if options.dejavu:
+        session = bench.with_dejavu(0.5)
+        session.tensors = random_weights(session.tensors, bench.shape.hidden)
+        made["DejaVu, 50%"] = (CudaSession.of(session, (1,)), "decode")
     rows = play_all(made)
     at = next(share for share in made if share.endswith("%"))
     generate = generate_ms(bench, made["50%" if "50%" in made else at][0])
@@ -335,6 +421,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--no-dejavu", dest="dejavu", action="store_false")
     parser.add_argument("--no-zeros", dest="zeros", action="store_false")
     parser.add_argument("--eager", nargs="*", default=["opt-13b"], help="also in transformers")
     parser.add_argument("--json", type=Path)
@@ -344,7 +431,9 @@ def main() -> None:
     if options.compile:
         for name in options.models:
             bench = Bench(name, getattr(torch, options.dtype), options.rank, PROMPT + NEW)
-            load_target("h100").save(bench.session, (1,), options.compile / name)
+            sessions = [bench.session, *([bench.with_dejavu(0.5)] if options.dejavu else [])]
+            for session in sessions:
+                load_target("h100").save(session, (1,), options.compile / name)
             print(f"compiled the kernels of {name}", flush=True)
         return
     if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from importlib import metadata
 
@@ -14,4 +15,6 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # an uninstalled checkout
             found[package] = "not installed"
+    with contextlib.suppress(metadata.PackageNotFoundError):  # only CUDA targets need it
+        found["triton"] = metadata.version("triton")
     return found
