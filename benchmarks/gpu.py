@@ -5,7 +5,8 @@ weights, the stated rank) and are refreshed at every token. Everything runs in o
 round plays all variants, one after the other, over the same 128 positions after a prompt of 128,
 and figures are medians of rounds.
 
-    dense      every unit: the faster of cuBLAS + SDPA and our own kernels, both as CUDA graphs
+    dense      every unit: the faster of cuBLAS (with our attention) and our own kernels, both as
+               CUDA graphs
     exact      every unit, rows of exactly zero activations not read (ReLU)
     30%, ...   that share of heads and of neurons skipped, as executed, zero rows not read
     DejaVu     two-layer predictors of the published ranks before every attention and MLP, top-k in
@@ -227,7 +228,7 @@ class Bench:
             node.args = (node.args[0], after[before.index(node.args[1])], *node.args[2:])
         session = self.session.with_program("decode", replace(program, graph=graph))
         session.policy = policy
-        return CudaSession.of(session, self.batches)
+        return CudaSession.of(session, self.batches, cuda.profile().name)
 
     def with_dejavu(self, share: float) -> Session:
         """The decode program with a predictor before every attention and MLP."""
@@ -322,7 +323,7 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
     if options.dejavu:
         session = bench.with_dejavu(0.5)
         session.tensors = random_weights(session.tensors, bench.shape.hidden)
-        made["DejaVu, 50%"] = (CudaSession.of(session, (1,)), "decode")
+        made["DejaVu, 50%"] = (CudaSession.of(session, (1,), cuda.profile().name), "decode")
     rows = play_all(made)
     at = next(share for share in made if share.endswith("%"))
     generate = generate_ms(bench, made["50%" if "50%" in made else at][0])
@@ -444,7 +445,6 @@ def main() -> None:
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    cuda.allow_jit(True)
     with torch.inference_mode():
         limit = read_bandwidth()
         print(f"{about}; a sum reads {limit / 1e9:.0f} GB/s", flush=True)

@@ -82,19 +82,15 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from shadowc.kernels.cuda.batch import MOST_ROWS, project_rows
+    from shadowc.kernels.cuda.batch import project_rows
     from shadowc.kernels.cuda.project import project
 
     flat = x.reshape(-1, weight.shape[1])
-    tokens = len(flat)
-    if tokens > MOST_ROWS:
-        y = torch.nn.functional.linear(flat.to(weight.dtype), weight).float()
-        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
     out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
-    if tokens == 1:
+    if len(flat) == 1:
         project(flat[0], None, "none", 0.0, weight, None, bias, out)
     else:
-        project_rows(flat.to(weight.dtype), None, "none", 0.0, weight, None, bias, out)
+        project_rows(flat, None, "none", 0.0, weight, None, bias, out)
     return out
 
 

@@ -18,7 +18,7 @@ from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.store import Calibration
 from shadowc.config import Policy
 from shadowc.errors import CalibrationError
-from shadowc.evaluation.numerics import check_numerics
+from shadowc.evaluation.numerics import check_numerics, device_name
 from shadowc.passes.canonicalize import canonicalize
 from shadowc.passes.find_blocks import find_blocks
 from shadowc.passes.insert_predictor import StaticScores, export_masks, insert_predictor
@@ -86,7 +86,9 @@ def compile_model(
         max_seq_len or loaded.shape.max_positions,
         predictor_bytes=built.predictor_bytes,
     )
-    checked = check_numerics(backend.check_session(session), loaded, backend.tolerances(dtype))
+    checking = backend.check_session(session)
+    checked = check_numerics(checking, loaded, backend.tolerances(dtype))
+    checked["checked_on"] = device_name(checking)
 
     manifest = {
         "model": vars(loaded.source),

@@ -5,7 +5,7 @@
 
 While compiling, the very code that will run is run once on meta tensors, and what it launches is
 noted: so exactly the kernels that the artifact needs are compiled, for any GPU, without one. At run
-time the same call finds its image by the same key: neither Triton nor a compiler is needed.
+time the same call finds its image by the same key, and nothing is compiled.
 
 A key depends on what makes the machine code and on nothing else: the sources of the kernel and of
 the functions it calls, the types of its arguments, which pointers are aligned, its constants, and
@@ -43,7 +43,7 @@ Constant = int | float | bool | str | None
 Noted = dict[str, tuple["KernelSpec", Any]]
 
 _INSTALL = "pip install 'shadowc[triton]'"
-_KIB, _MIB = 1 << 10, 1 << 20
+_KIB = 1 << 10
 
 # --- GPUs --------------------------------------------------------------------------------------
 
@@ -58,7 +58,6 @@ class Profile:
         multiprocessors: How many it has.
         bandwidth: Of its memory, bytes/s by the data sheet.
         shared: Bytes of shared memory that one program may use.
-        l2: Bytes of its L2 cache.
         pdl: Whether a kernel may start before the one in front of it ends (programmatic dependent
             launch, from sm_90 on).
         measured: What was measured on it.
@@ -76,7 +75,6 @@ class Profile:
     multiprocessors: int
     bandwidth: float
     shared: int
-    l2: int
     pdl: bool
     measured: str
     matches: tuple[str, ...]
@@ -103,7 +101,6 @@ PROFILES: dict[str, Profile] = {
             multiprocessors=108,
             bandwidth=2039e9,
             shared=163 * _KIB,
-            l2=40 * _MIB,
             pdl=False,
             measured=_DERIVED,
             matches=("A100",),
@@ -114,7 +111,6 @@ PROFILES: dict[str, Profile] = {
             multiprocessors=132,
             bandwidth=3350e9,
             shared=227 * _KIB,
-            l2=50 * _MIB,
             pdl=True,
             measured="measured: benchmarks/results/gpu-h100.md",
             matches=("H100",),
@@ -125,7 +121,6 @@ PROFILES: dict[str, Profile] = {
             multiprocessors=132,
             bandwidth=4800e9,
             shared=227 * _KIB,
-            l2=50 * _MIB,
             pdl=True,
             measured=_DERIVED,
             matches=("H200",),
@@ -136,7 +131,6 @@ PROFILES: dict[str, Profile] = {
             multiprocessors=58,
             bandwidth=300e9,
             shared=99 * _KIB,
-            l2=48 * _MIB,
             pdl=False,
             measured=_DERIVED,
             matches=("L4",),
@@ -147,7 +141,6 @@ PROFILES: dict[str, Profile] = {
             multiprocessors=128,
             bandwidth=1008e9,
             shared=99 * _KIB,
-            l2=72 * _MIB,
             pdl=False,
             measured=_DERIVED,
             matches=("RTX 4090",),
@@ -204,6 +197,23 @@ def use(profile_name: str | None) -> None:
     """
     global _active
     _active = None if profile_name is None else find_profile(profile_name)
+
+
+@contextmanager
+def using(profile_name: str, jit: bool | None) -> Iterator[None]:
+    """Launch with a GPU's settings, and with or without compiling, inside the block alone.
+
+    Args:
+        profile_name: As for `use`.
+        jit: As for `allow_jit`.
+    """
+    global _active, _jit
+    before = _active, _jit
+    _active, _jit = find_profile(profile_name), jit
+    try:
+        yield
+    finally:
+        _active, _jit = before
 
 
 def check_device(profile_name: str, allow_jit: bool) -> None:
@@ -559,7 +569,7 @@ def _launch_here(
 
 
 def triton_package(problem: str = "kernels cannot be compiled", *kernels: Any) -> Any:
-    """Triton, which is optional: what runs from images does not need it.
+    """Triton, which is optional: the `cpu` target does without it.
 
     Args:
         problem: What it is needed for.

@@ -124,15 +124,14 @@ class CudaTarget:
         """On the target's GPU if it is here, otherwise on the ops' references on the CPU."""
         if not self._is_here():
             return session
-        cuda.use(self.name)
-        return CudaSession.of(session, (1,))
+        return CudaSession.of(session, (1,), self.name)
 
     def save(self, session: Session, batch_sizes: Sequence[int], directory: Path) -> None:
         """Compile every kernel that the step programs launch and write it down."""
-        cuda.use(self.name)
         found: dict[str, tuple[cuda.KernelSpec, Any]] = {}
-        for batch in batch_sizes:
-            found |= record(session, batch)
+        with cuda.using(self.name, jit=None):
+            for batch in {1, *batch_sizes}:  # a prompt runs for its own rows, however few
+                found |= record(session, batch)
         arch = self.profile.arch
         # Triton compiles outside Python's lock for much of the time.
         with ThreadPoolExecutor() as pool:
@@ -144,11 +143,13 @@ class CudaTarget:
     ) -> Session:
         """On this machine's GPU, with the artifact's kernels."""
         cuda.check_device(self.name, allow_jit)
-        cuda.allow_jit(allow_jit)
+        cuda.triton_package("the kernels' launchers need Triton, also where it compiles nothing")
+        name = self.name
         if self._is_here():
-            cuda.use(self.name)
             cuda.load_images(directory, self.profile.arch)
-        return CudaSession.of(session, batch_sizes)
+        else:
+            name = cuda.profile().name
+        return CudaSession.of(session, batch_sizes, name, jit=allow_jit)
 
     def _is_here(self) -> bool:
         return torch.cuda.is_available() and self.profile.names(torch.cuda.get_device_name())
@@ -160,7 +161,7 @@ def make(name: str) -> CudaTarget:
 
 
 def record(session: Session, batch: int) -> dict[str, tuple[cuda.KernelSpec, Any]]:
-    """The kernels that the step programs launch for a batch, found on tensors without memory."""
+    """The kernels that a batch's programs launch for one token, found without a GPU."""
     shape, slots = session.shape, session.max_seq_len
     tensors = {name: value.to("meta") for name, value in session.tensors.items()}
     some = next(value for name, value in tensors.items() if name.endswith("_t"))
@@ -179,7 +180,7 @@ def record(session: Session, batch: int) -> dict[str, tuple[cuda.KernelSpec, Any
         values[f"{kind}_index"] = cache.new_empty(layers, batch, units, dtype=integers)
         values[f"{kind}_count"] = cache.new_empty(layers, batch, dtype=integers)
     with cuda.recording() as found:
-        for name in STEPS:
+        for name in (*STEPS, "prefill"):
             if name in session.programs:
                 program = session.programs[name]
                 run_on_meta(program, tensors, {**values}, cache)

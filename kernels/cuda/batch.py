@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shadowc.cuda import launch
 from shadowc.errors import KernelError
-from shadowc.kernels.cuda.blocks import activate, follow
+from shadowc.kernels.cuda.blocks import activate, follow, rows_of
 from shadowc.kernels.cuda.mlp import finish
 from shadowc.kernels.norm_mlp import NormMlp
 from shadowc.kernels.scaled_out_proj import ScaledOutProj
@@ -37,7 +37,7 @@ def product(w_ptr, row, live, x_ptr, B, N: tl.constexpr, C: tl.constexpr,
         w = tl.load(where, mask=live[:, None] & inside[None, :], other=0.0)
         there = x_ptr + b[None, :] * C + (k + lane)[:, None]
         x = tl.load(there, mask=inside[:, None] & (b < B)[None, :], other=0.0)
-        acc = tl.dot(w, x, acc, input_precision="ieee")
+        acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
     return acc
 
 
@@ -114,7 +114,7 @@ def out_proj_rows_kernel(
 @triton.jit
 def mark_kernel(
     index_ptr, count_ptr, mask_ptr,
-    F: tl.constexpr, POWER: tl.constexpr, PDL: tl.constexpr,
+    F: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """Keep sets as masks int8 [B, F]; grid (B)."""
     row, slot = tl.program_id(0), tl.arange(0, POWER)
@@ -126,7 +126,7 @@ def mark_kernel(
 @triton.jit
 def union_kernel(
     mask_ptr, index_ptr, count_ptr, B,
-    F: tl.constexpr, POWER: tl.constexpr, PDL: tl.constexpr,
+    F: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """Units in any row's keep set, ascending: index [F], count [1]; grid (1)."""
     unit = tl.arange(0, POWER)
@@ -146,16 +146,14 @@ def hidden_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Activations of the union's neurons side by side, [B, F]; grid (F / BN)."""
+    if PDL:
+        follow()  # first of all: the union is the kernel in front
     slot, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, N)
     neurons = F
     if index_ptr is not None:
         neurons = tl.load(count_ptr)
     live = slot < neurons
-    row = slot
-    if index_ptr is not None:
-        row = tl.load(index_ptr + slot, mask=live, other=0)
-    if PDL:
-        follow()
+    row = rows_of(slot, live, index_ptr, 1)
     h = product(w1_ptr, row, live, x_ptr, B, N, C, BK)
     h = normalised(h, row, live, stats_ptr, gain_ptr, shift_ptr, eps, B, N, C, NORM, PARTS)
     h = activate(h, ACT)
@@ -171,7 +169,7 @@ def hidden_kernel(
 
 @triton.jit
 def weigh_kernel(
-    h_ptr, w_ptr, partial_ptr, read_ptr, index_ptr, count_ptr, B,
+    h_ptr, w_ptr, partial_ptr, read_ptr, index_ptr, count_ptr, mask_ptr, B,
     N: tl.constexpr, F: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -191,14 +189,17 @@ def weigh_kernel(
     for start in tl.range(first, last, R, num_stages=4):
         slot = start + tl.arange(0, R)
         live = slot < neurons
-        row = slot
-        if index_ptr is not None:
-            row = tl.load(index_ptr + slot, mask=live, other=0)
+        row = rows_of(slot, live, index_ptr, 1)
         there = h_ptr + b[:, None] * F + slot[None, :]
         h = tl.load(there, mask=(b < B)[:, None] & live[None, :], other=0.0)
-        needed += tl.sum((h != 0).to(tl.int32), axis=1)
+        wanted = (b < B)[:, None] & live[None, :]
         if SKIP:
-            live = tl.max((h != 0).to(tl.int32), axis=0) > 0
+            wanted = h != 0
+            live = tl.max(wanted.to(tl.int32), axis=0) > 0
+        elif mask_ptr is not None:
+            own = tl.load(mask_ptr + b[:, None] * F + row[None, :], mask=wanted, other=0)
+            wanted = own != 0
+        needed += tl.sum(wanted.to(tl.int32), axis=1)
         where = w_ptr + row.to(tl.int64)[:, None] * C + cols[None, :]
         w = tl.load(where, mask=live[:, None] & inside[None, :], other=0.0)
         acc = tl.dot(h, w, acc, input_precision="ieee")
@@ -264,7 +265,7 @@ def union(index: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """index int32 [F], count int32 [1] of the union of keep sets [B, F], masks int8 [B, F]."""
     batch, units = index.shape
     power = triton.next_power_of_2(units)
-    mask = index.new_zeros(batch, units, dtype=torch.int8)
+    mask = index.new_empty(batch, units, dtype=torch.int8)  # an index names every unit
     launch(mark_kernel, (batch,), index, count, mask, F=units, POWER=power, warps=8)
     every, size = index.new_empty(units), count.new_empty(1)
     launch(union_kernel, (1,), mask, every, size, batch, F=units, POWER=power, warps=8)
@@ -288,11 +289,8 @@ def mlp_rows(a: NormMlp) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     read = a.stats.new_empty(SPLITS, batch, dtype=torch.int32)
     launch(
         weigh_kernel, (triton.cdiv(columns, 128), SPLITS),
-        h, a.w2t, partial, read, index, count, batch,
+        h, a.w2t, partial, read, index, count, mask, batch,
         N=columns_of(batch), F=neurons, C=columns, R=64, BC=128, SKIP=a.skip_zeros,
         warps=4, pdl=True,
     )  # fmt: skip
-    y, scaled, stats, rows = finish(partial, read, a.b2, a.residual, a.gamma)
-    if not a.skip_zeros:  # every row of the second projection that a row keeps
-        rows = rows.fill_(neurons) if a.count is None else a.count
-    return y, scaled, stats, rows
+    return finish(partial, read, a.b2, a.residual, a.gamma)

@@ -39,14 +39,14 @@ def mlp_kernel(
 ):  # fmt: skip
     """Partial sums [P, C] and rows of w2t read [P]; grid (P)."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
+    if PDL:
+        follow()  # first of all: the selection may be the kernel in front
     neurons = F
     if index_ptr is not None:
         neurons = tl.load(count_ptr)
     first = (pid.to(tl.int64) * neurons // programs).to(tl.int32)
     last = ((pid + 1).to(tl.int64) * neurons // programs).to(tl.int32)
     lane = tl.arange(0, BK)
-    if PDL:
-        follow()
     mean, scale = moments(stats_ptr, eps, C, NORM, PARTS)
     sums = ()
     for _ in tl.static_range(0, C, BK):

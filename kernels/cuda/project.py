@@ -1,6 +1,6 @@
 """Rows of matrices times one vector, for one token: qkv, the output head, the predictor.
 
-    y[i] = act( norm(x) . w[row(i)] + bias[row(i)] ),   row(i) = index[i], or i
+    y[i] = norm(x) . w[row(i)] + bias[row(i)],   row(i) = index[i], or i
 
 One token reads every weight once, so a step is as fast as memory. Many short programs of a few
 rows each saturate it; a program asks for its first row before it waits for the kernel in front.
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shadowc.cuda import launch, profile
-from shadowc.kernels.cuda.blocks import activate, ask_row, dots, follow, moments, normalise, rows_of
+from shadowc.kernels.cuda.blocks import ask_row, dots, follow, moments, normalise, rows_of
 from shadowc.kernels.norm_qkv import NormQkv
 
 WIDEST = 1024
@@ -29,7 +29,7 @@ def tile_width(columns: int) -> int:
 def stretch(
     first, last, x_ptr, w_ptr, gain_ptr, shift_ptr, out_ptr, index_ptr, mean, scale,
     UNIT: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    NORM: tl.constexpr, ACT: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     """Slots first to last of one matrix, each stored at its row's place."""
     for start in range(first, last, BN):
@@ -37,7 +37,7 @@ def stretch(
         live = slot < last
         row = rows_of(slot, live, index_ptr, UNIT)
         y = dots(w_ptr, row, live, x_ptr, C, BK)
-        y = activate(normalise(y, row, live, gain_ptr, shift_ptr, mean, scale, NORM), ACT)
+        y = normalise(y, row, live, gain_ptr, shift_ptr, mean, scale, NORM)
         tl.store(out_ptr + row, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
@@ -52,7 +52,7 @@ def ask_first(first, last, w_ptr, index_ptr, UNIT: tl.constexpr, C: tl.constexpr
 def project_kernel(
     x_ptr, stats_ptr, w_ptr, gain_ptr, shift_ptr, out_ptr, eps,
     ROWS: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    NORM: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One matrix [ROWS, C], all rows; grid (ROWS / BN)."""
     first = tl.program_id(0) * BN
@@ -63,7 +63,7 @@ def project_kernel(
         follow()
     mean, scale = moments(stats_ptr, eps, C, NORM, PARTS)
     stretch(first, last, x_ptr, w_ptr, gain_ptr, shift_ptr, out_ptr, None, mean, scale,
-            1, C, BN, BK, NORM, ACT)  # fmt: skip
+            1, C, BN, BK, NORM)  # fmt: skip
 
 
 @triton.jit
@@ -92,11 +92,11 @@ def qkv_kernel(
         follow()
     mean, scale = moments(stats_ptr, eps, C, NORM, PARTS)
     stretch(first, q_last, x_ptr, wq_ptr, gq_ptr, sq_ptr, q_ptr, index_ptr, mean, scale,
-            D, C, BN, BK, NORM, "none")  # fmt: skip
+            D, C, BN, BK, NORM)  # fmt: skip
     stretch(k_first, k_last, x_ptr, wk_ptr, gk_ptr, sk_ptr, k_ptr, None, mean, scale,
-            1, C, BN, BK, NORM, "none")  # fmt: skip
+            1, C, BN, BK, NORM)  # fmt: skip
     stretch(v_first, v_last, x_ptr, wv_ptr, gv_ptr, sv_ptr, v_ptr, None, mean, scale,
-            1, C, BN, BK, NORM, "none")  # fmt: skip
+            1, C, BN, BK, NORM)  # fmt: skip
 
 
 def project(
@@ -118,7 +118,7 @@ def project(
         project_kernel, (triton.cdiv(rows, block),),
         x, stats, weight, gain, shift, out, eps,
         ROWS=rows, C=columns, BN=block, BK=width, NORM=norm,
-        PARTS=1 if stats is None else stats.shape[-2], ACT="none", warps=4, pdl=True,
+        PARTS=1 if stats is None else stats.shape[-2], warps=4, pdl=True,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from shadowc.cuda import launch
 @triton.jit
 def scale_kernel(
     x_ptr, gamma_ptr, scaled_ptr, stats_ptr,
-    C: tl.constexpr, POWER: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows)."""
     row = tl.program_id(0)

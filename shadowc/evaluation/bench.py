@@ -197,8 +197,10 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def free_memory() -> int:
+def free_memory(session: Session) -> int:
     """Bytes of memory that could be used without swapping, as far as the system says."""
+    if session.device.type == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
     found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
@@ -359,7 +361,7 @@ def _eager(artifact: Artifact, prompt: Tensor, dtype: torch.dtype, session: Sess
     """The original model as transformers runs it, with its own cache."""
     stored = getattr(torch, artifact.manifest["dtype"])
     size = artifact.manifest["files"][WEIGHTS]["bytes"] * dtype.itemsize // stored.itemsize
-    if size > (free := free_memory()):
+    if size > (free := free_memory(session)):
         raise ModelError("not enough memory", expected=f"{size} bytes", got=f"{free} free")
     device = session.device
     model = original(artifact, dtype).model.to(device)

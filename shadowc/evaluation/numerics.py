@@ -92,6 +92,13 @@ def check_numerics(session: Session, loaded: LoadedModel, tolerances: Tolerances
     }
 
 
+def device_name(session: Session) -> str:
+    """Where a session runs, for reports: a cross-compiled artifact is checked on a CPU."""
+    if session.device.type == "cuda":
+        return torch.cuda.get_device_name(session.device)
+    return "cpu"
+
+
 def masks_of(
     keeps: list[dict[str, Tensor]], shape: ModelShape, prompt: int
 ) -> tuple[Tensor, Tensor]:

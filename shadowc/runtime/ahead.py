@@ -17,7 +17,6 @@ from shadowc.runtime.cache import KVCache
 from shadowc.runtime.session import Session
 
 
-@torch.inference_mode()
 def sample_ahead(
     session: Session,
     ids: Tensor,
@@ -31,7 +30,8 @@ def sample_ahead(
 
     Args:
         session: Runs the steps.
-        ids: int64 [B, T], the prompt and what the cache already holds of it.
+        ids: int64 [B, T], the prompt and what the cache already holds of it; on the session's
+            device, or everything but the steps runs where it is.
         cache: Of the batch, with room for `config.max_length` tokens.
         processors: Change the scores of the next token.
         criteria: Say which rows stop.
@@ -47,7 +47,12 @@ def sample_ahead(
     going = torch.ones(batch, dtype=torch.bool, device=ids.device)
     pads = any(hasattr(one, "eos_token_id") for one in criteria)
     host = _Host(batch, ids.device)
-    logits = session.step(ids[:, cache.length :], cache)["logits"][:, -1]
+
+    def step(tokens: Tensor) -> Tensor:
+        logits: Tensor = session.step(tokens, cache)["logits"][:, -1]
+        return logits.to(copy=True, device=ids.device)  # a graph writes its own over
+
+    logits = step(ids[:, cache.length :])
     while True:
         scores = processors(found[:, :length], logits)
         if config.do_sample:
@@ -62,7 +67,7 @@ def sample_ahead(
         host.send(token, going)
         last = length == config.max_length
         if not last:
-            logits = session.step(token[:, None], cache)["logits"][:, -1]
+            logits = step(token[:, None])
         token_here, any_going = host.receive()
         if streamer is not None:
             streamer.put(token_here)

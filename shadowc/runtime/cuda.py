@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowc import cuda
 from shadowc.config import ModelShape
 from shadowc.errors import LengthError
 from shadowc.runtime.cache import KVCache
+from shadowc.runtime.program import Program
 from shadowc.runtime.session import KEEP_PREFIXES, Session
 
 #: Programs that are made for one token.
@@ -64,9 +66,11 @@ class CudaCache(KVCache):
     @torch.inference_mode()
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give row i the past of row `beam_idx[i]`, in place: graphs know the addresses."""
+        beam_idx = beam_idx.to(self.memory.start.device)
         for tensor in self.tensors:
-            tensor[:, :, : self.length] = tensor.index_select(0, beam_idx)[:, :, : self.length]
-        self.start = self.start.index_select(0, beam_idx)
+            past = tensor[:, :, : self.length]
+            past.copy_(past.index_select(0, beam_idx))
+        self.start = self.start.to(beam_idx.device).index_select(0, beam_idx)
         for value in self.memory.keep.values():
             value[:, : self.batch] = value[:, : self.batch].index_select(1, beam_idx)
 
@@ -77,15 +81,21 @@ class CudaSession(Session):
     runs_ahead = True
     batch_sizes: tuple[int, ...]
     _device: torch.device
-    _free: dict[tuple[int, int], list[Memory]]
+    _profile: str
+    _jit: bool
+    _free: dict[int, list[Memory]]
 
     @classmethod
-    def of(cls, session: Session, batch_sizes: Sequence[int]) -> CudaSession:
+    def of(
+        cls, session: Session, batch_sizes: Sequence[int], profile: str, *, jit: bool = True
+    ) -> CudaSession:
         """The session with its tensors on the GPU.
 
         Args:
             session: Programs and tensors.
             batch_sizes: Steps of these sizes are captured; smaller batches are padded.
+            profile: Name of the GPU whose settings its kernels have.
+            jit: Whether kernels that were not loaded may be compiled.
         """
         device = torch.device("cuda", torch.cuda.current_device())
         tensors = {name: value.to(device) for name, value in session.tensors.items()}
@@ -95,6 +105,7 @@ class CudaSession(Session):
             session.predictor_bytes,
         )  # fmt: skip
         made.batch_sizes, made._free, made._device = tuple(batch_sizes), {}, device
+        made._profile, made._jit = profile, jit
         return made
 
     @property
@@ -111,6 +122,7 @@ class CudaSession(Session):
         """Wait for the GPU."""
         torch.cuda.synchronize(self._device)
 
+    @torch.inference_mode()
     def new_cache(self, batch: int, capacity: int | None = None) -> CudaCache:
         """An empty cache for `batch` rows of up to `capacity` (default S) tokens.
 
@@ -126,22 +138,52 @@ class CudaSession(Session):
                 fix="generate in smaller batches, or compile with larger --batch-sizes",
             )
         capacity = capacity or self.max_seq_len
-        slots = max(capacity, self.max_seq_len)
-        free = self._free.setdefault((rows, slots), [])
-        memory = free.pop() if free else None
-        if memory is None:
-            memory = Memory(self.shape, rows, slots, self.cache_dtype, self._device)
+        if capacity > self.max_seq_len:
+            raise LengthError(
+                "the cache is longer than the artifact's kernels were compiled for",
+                expected=f"at most {self.max_seq_len} tokens",
+                got=capacity,
+                fix="compile with a larger --max-seq-len",
+            )
+        free = self._free.setdefault(rows, [])
+        memory = free.pop() if free else self._new_memory(rows)
+        memory.start.zero_()
         cache = CudaCache(memory, batch, capacity)
         weakref.finalize(cache, free.append, memory)
-        memory.start.zero_()
+        return cache
+
+    def _new_memory(self, rows: int) -> Memory:
+        try:
+            memory = Memory(self.shape, rows, self.max_seq_len, self.cache_dtype, self._device)
+        except torch.OutOfMemoryError as error:
+            raise LengthError(
+                "not enough memory on the GPU for the cache",
+                expected=f"{rows} rows of {self.max_seq_len} tokens",
+                got=str(error).partition(". ")[0],
+                fix="generate in smaller batches, or compile with a smaller --max-seq-len",
+            ) from error
         for name, sets in self.static_keep.items():  # [L, 1, N] or [L, 1] -> a row each
             memory.keep[name] = sets.expand(-1, rows, *sets.shape[2:]).contiguous()
-        return cache
+        return memory
+
+    def with_program(self, name: str, program: Program) -> CudaSession:
+        """The same artifact with one more program, and graphs of its own."""
+        other = super().with_program(name, program)
+        assert isinstance(other, CudaSession)
+        other._free = {}
+        return other
 
     @torch.inference_mode()
     def step(self, ids: Tensor, cache: KVCache, *, program: str | None = None) -> dict[str, Any]:
-        """As `Session.step`; a token runs as one graph launch."""
+        """As `Session.step`; a token runs as one graph launch.
+
+        Keep sets and rows are views of what the next step writes over; the logits are a copy.
+        """
         assert isinstance(cache, CudaCache)
+        with cuda.using(self._profile, self._jit):
+            return self._step(ids, cache, program)
+
+    def _step(self, ids: Tensor, cache: CudaCache, program: str | None) -> dict[str, Any]:
         memory, tokens = cache.memory, ids.shape[1]
         cache.check_room(tokens)
         prompt = tokens > 1 or cache.length == 0
@@ -160,7 +202,6 @@ class CudaSession(Session):
         """Run a program op by op, on the rows of the batch alone."""
         batch, tokens = ids.shape
         start = cache.start.to(self._device)
-        cache.memory.start[:batch] = start
         slots = torch.arange(cache.length, cache.length + tokens, device=self._device)
         values = {
             "input_ids": ids,

@@ -19,7 +19,8 @@ class ShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A causal language model that runs an artifact's programs.
 
     Greedy search, sampling, beam search, streamers, stopping criteria and batches padded on the
-    left are transformers' own; this class brings the forward pass and the cache.
+    left are transformers' own; this class brings the forward pass, the cache and, for a GPU, a loop
+    that does not wait for every token.
 
     Attributes:
         session: The programs; `session.step` is the loop's bare step.

@@ -21,6 +21,7 @@ class Usage:
         shape: The model's shape.
         element_size: Bytes of one stored weight.
         predictor_bytes: Bytes of predictor weights that one token reads, on average.
+        rows_share: Whether rows of a batch read what any of them needs once, together.
         tokens: Tokens counted (rows of a batch count one each).
         heads: float64 [L], heads run.
         neurons: float64 [L], neurons run.
@@ -30,6 +31,7 @@ class Usage:
     shape: ModelShape
     element_size: int
     predictor_bytes: float = 0.0
+    rows_share: bool = False
 
     def __post_init__(self) -> None:
         """Start at zero."""
@@ -37,12 +39,14 @@ class Usage:
         self.heads = torch.zeros(self.shape.layers, dtype=torch.float64)
         self.neurons = torch.zeros_like(self.heads)
         self.rows = torch.zeros_like(self.heads)
+        self._elements, self._reads = 0.0, 0
 
     @classmethod
     def of(cls, session: Session) -> Usage:
         """Empty counts for an artifact."""
         sizes = [t.element_size() for n, t in session.tensors.items() if n.endswith("_t")]
-        return cls(session.shape, sizes[0], session.predictor_bytes)
+        shared = session.device.type == "cuda"
+        return cls(session.shape, sizes[0], session.predictor_bytes, shared)
 
     def add(self, results: Mapping[str, Tensor]) -> None:
         """Count one decode step.
@@ -58,13 +62,24 @@ class Usage:
         if "head_count" in results:
             heads[1:] = results["head_count"].sum(dim=1, dtype=torch.float64)
         self.heads += heads
+        neurons = torch.full_like(heads, float(shape.ffn * batch))
         if "neuron_count" in results:
-            self.neurons += results["neuron_count"].sum(dim=1, dtype=torch.float64)
-        else:
-            self.neurons += shape.ffn * batch
+            neurons = results["neuron_count"].sum(dim=1, dtype=torch.float64)
+        self.neurons += neurons
         every = torch.tensor(shape.ffn * batch)  # a program that does not say reads them all
         rows = (results.get(f"rows_{i}", every).sum() for i in range(shape.layers))
-        self.rows += torch.stack(list(rows))
+        read = torch.stack(list(rows)).double()
+        self.rows += read
+        reads = batch
+        if self.rows_share and batch > 1:  # all heads, and the union of the neurons
+            reads = 1
+            heads = torch.full_like(heads, float(shape.heads))
+            neurons = read = _union(results, shape)
+        keys_values = 2 * shape.layers * shape.kv_heads * shape.head_dim * reads
+        first = (2 if shape.gated else 1) * float(neurons.sum())
+        units = float(heads.sum()) * 2 * shape.head_dim + keys_values + first + float(read.sum())
+        self._elements += shape.hidden * units
+        self._reads += reads
 
     @property
     def head_sparsity(self) -> float:
@@ -83,13 +98,11 @@ class Usage:
 
     @property
     def layer_bytes(self) -> float:
-        """Bytes of the decoder layers' matrices that a token read, on average."""
-        shape, n = self.shape, max(self.tokens, 1)
-        heads, neurons, rows = (float(t.sum()) / n for t in (self.heads, self.neurons, self.rows))
-        keys_values = 2 * shape.layers * shape.kv_heads * shape.head_dim
-        first = (2 if shape.gated else 1) * neurons
-        elements = shape.hidden * (heads * 2 * shape.head_dim + keys_values + first + rows)
-        return elements * self.element_size
+        """Bytes of the decoder layers' matrices that a token read, on average; a step, if shared.
+
+        Of a shared read it is not known which rows of exact zeros it left out: all are counted.
+        """
+        return self._elements / max(self._reads, 1) * self.element_size
 
     @property
     def weight_bytes_skipped(self) -> float:
@@ -121,3 +134,13 @@ class Usage:
             "neurons_by_layer": [round(float(v) / n, 1) for v in self.neurons],
             "rows_by_layer": [round(float(v) / n, 1) for v in self.rows],
         }
+
+
+def _union(results: Mapping[str, Tensor], shape: ModelShape) -> Tensor:
+    """Neurons of each layer that any row of a batch keeps, fp64 [L]."""
+    if "neuron_count" not in results:
+        return torch.full((shape.layers,), float(shape.ffn), dtype=torch.float64)
+    index, count = results["neuron_index"].long(), results["neuron_count"]
+    kept = torch.arange(shape.ffn) < count[..., None]
+    mask = torch.zeros(index.shape, dtype=torch.bool).scatter(2, index, kept)
+    return mask.any(1).sum(1, dtype=torch.float64)

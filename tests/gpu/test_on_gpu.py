@@ -139,7 +139,7 @@ def test_decode_agrees_with_masked_over_256_tokens(books, share):
     )  # fmt: skip
     session = CudaSession.of(
         Session(loaded.shape, policy, built.programs, built.packed, built.keep, 272,
-                built.predictor_bytes), (1,),
+                built.predictor_bytes), (1,), HERE,
     )  # fmt: skip
     ids = torch.tensor([windows[0].ids[:272]])
     cache = session.new_cache(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import shadowc
 from shadowc import cuda, native
@@ -29,8 +31,10 @@ from shadowc.evaluation.numerics import check_numerics
 from shadowc.passes.manager import copy_module
 from shadowc.runtime.cuda import CudaSession
 from shadowc.runtime.loading import load_session
+from shadowc.runtime.model import ShadowModel
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
+from shadowc.runtime.usage import Usage
 from shadowc.targets import TARGETS, load_target
 from shadowc.targets.cuda import record, run_on_meta
 
@@ -460,6 +464,7 @@ def played(monkeypatch):
             session.static_keep, session.max_seq_len, session.predictor_bytes,
         )  # fmt: skip
         made.batch_sizes, made._free, made._device = batch_sizes, {}, torch.device("cpu")
+        made._profile, made._jit = "h100", None
         return made
 
     return make
@@ -557,3 +562,58 @@ def test_too_many_rows_or_tokens(tiny_opt, played):
     cache = graphs.new_cache(1, 8)
     with pytest.raises(LengthError):
         graphs.step(tiny_opt.ids(batch=1, tokens=9), cache)
+
+
+def test_generate_inside_and_outside_inference_mode(tiny_opt, played):
+    """Memory made inside is lent outside, and what is returned can be written to."""
+    session = played(lowered(tiny_opt, "token", dtype=FULL))
+    ending = GenerationConfig(pad_token_id=1, eos_token_id=None)
+    model = ShadowModel(tiny_opt.loaded.model.config, ending, session, {}, None)
+    ids = tiny_opt.ids(batch=1, tokens=6)
+    with torch.inference_mode():
+        first = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    gc.collect()
+    again = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(first, again)
+    again[again == 1] = 0
+
+
+def test_another_program_has_graphs_of_its_own(tiny_opt, played):
+    session = played(lowered(tiny_opt, "token", dtype=FULL))
+    ids = tiny_opt.ids(batch=1, tokens=6)
+    generate(session, ids)
+    gc.collect()  # its memory, with the graph of `decode`, is free again
+    other = session.with_program("decode", session.programs["full"])
+    got, _ = generate(other, ids)
+    want, _ = generate(played(lowered(tiny_opt, "dense", dtype=FULL)), ids)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_longer_cache_than_compiled_is_refused(tiny_opt, played):
+    session = played(lowered(tiny_opt, "token", dtype=FULL))
+    with pytest.raises(LengthError, match="longer than"):
+        session.new_cache(1, session.max_seq_len + 1)
+
+
+def test_settings_of_one_artifact_do_not_leak(tiny_opt):
+    cuda.use("h100")
+    with cuda.using("l4", jit=True):
+        assert cuda.profile().name == "l4"
+        with pytest.raises(KeyError), cuda.using("a100", jit=False):
+            raise KeyError
+        assert cuda.profile().name == "l4"
+    assert cuda.profile().name == "h100" and cuda._jit is None
+    cuda.use(None)
+
+
+def test_bytes_of_a_batch_are_those_of_the_union(tiny_opt):
+    """Rows share what they read: all heads, and every neuron that any row keeps."""
+    shape = tiny_opt.shape
+    index = torch.arange(shape.ffn, dtype=torch.int32).expand(shape.layers, 2, -1).contiguous()
+    index[:, 1] = index[:, 1].flip(-1)
+    count = torch.tensor([[10, 10]] * shape.layers, dtype=torch.int32)
+    usage = Usage(shape, 2, rows_share=True)
+    usage.add({"logits": torch.zeros(2, 1, 1), "neuron_index": index, "neuron_count": count})
+    attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.hidden
+    assert usage.layer_bytes == 2 * shape.layers * (attention + 20 * 2 * shape.hidden)
+    assert usage.neuron_sparsity == 1 - 10 / shape.ffn
