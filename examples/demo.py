@@ -132,7 +132,7 @@ def measure(
                 loaded.shape, policy, built.programs, built.packed, built.keep,
                 loaded.shape.max_positions, built.predictor_bytes,
             )  # fmt: skip
-            ran = check_numerics(session, loaded)
+            ran = check_numerics(session, loaded, backend.tolerances(model.dtype))
             key = f"random {policy.head_sparsity} {policy.neuron_sparsity}"
             wanted = {"static": "static", "dense": "dense", key: "random"}
             against = [name for known, name in wanted.items() if known not in done]

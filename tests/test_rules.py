@@ -224,7 +224,7 @@ def test_rule_7_quality_and_speed_run_the_same_masks(tiny, tmp_path, monkeypatch
         return results
 
     monkeypatch.setattr(Session, "run", recorded)
-    monkeypatch.setattr(bench, "read_bandwidth", lambda: 1.0)
+    monkeypatch.setattr(bench, "read_bandwidth", lambda device: 1.0)
     speed = bench.bench(artifact, prompt_len=PROMPT, new_tokens=new, hugging_face=False)
     timed = [(name, results) for name, tokens, results in ran if tokens == 1]
     steps = {"decode": 2 * new, "dense": new}  # once more to time the selection

@@ -207,10 +207,10 @@ def free_memory(session: Session) -> int:
     return found[0] * 1024 if found else sys.maxsize
 
 
-def device(session: Session) -> dict[str, Any]:
-    """What the figures were measured on."""
+def device(kind: str = "cpu") -> dict[str, Any]:
+    """What the figures were measured on: this machine's `cpu`, or its current `cuda` device."""
     threads = torch.get_num_threads()
-    if session.device.type == "cuda":
+    if kind == "cuda":
         major, minor = torch.cuda.get_device_capability()
         gpu = torch.cuda.get_device_name()
         return {"device": gpu, "isa": f"sm_{major}{minor}", "threads": threads}
@@ -421,7 +421,7 @@ def _figures(
         "model": artifact.manifest["model"]["name"],
         "random_weights": artifact.manifest["model"]["kind"] == "random",
         "dtype": artifact.manifest["dtype"],
-        **device(session),
+        **device(session.device.type),
         "versions": versions(),
     }
 
