@@ -11,6 +11,8 @@ and figures are medians of rounds.
     30%, ...   that share of heads and of neurons skipped, as executed, zero rows not read
     DejaVu     two-layer predictors of the published ranks before every attention and MLP, top-k in
                every layer, 50% of the units, the same kernels otherwise
+    batch B    B rows a step; neurons that any row keeps are read once, heads skip in attention
+    N slots    a cache of that many tokens
     95% zeros  the biases of the first MLP projection shifted so that 95% of activations are zero
 
 Bytes are those that must be read: weights of what runs, the predictor's and the output head's, and
@@ -263,6 +265,32 @@ def player(
     return play, usage, cache
 
 
+def tables(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+    """Batches and long caches: dense beside 50%, in milliseconds a step."""
+    found: dict[str, Any] = {"batches": {}, "slots": {}}
+    for batch in options.batches:
+        session = CudaSession.of(bench.session, (batch,), cuda.profile().name)
+        found["batches"][batch] = pairs(session, batch, PROMPT)
+    for slots in options.slots:
+        longer = copy.copy(bench.session)
+        longer.max_seq_len, longer._bound = slots, {}
+        session = CudaSession.of(longer, (1,), cuda.profile().name)
+        found["slots"][slots] = pairs(session, 1, slots - NEW)
+    for title, rows in found.items():
+        for size, row in rows.items():
+            dense = min(row["dense, cuBLAS"], row["dense, our kernels"])
+            print(f"{title} {size:6}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items())
+                  + f" ({dense / row['50%']:.2f}x)", flush=True)  # fmt: skip
+    return found
+
+
+def pairs(session: CudaSession, batch: int, prompt: int) -> dict[str, float]:
+    """Both dense runs and 50%, timed together."""
+    programs = {"dense, cuBLAS": "dense", "dense, our kernels": "full", "50%": "decode"}
+    made = {name: player(session, program, batch, prompt) for name, program in programs.items()}
+    return timed({name: play for name, (play, _, _) in made.items()})
+
+
 def timed(plays: Mapping[str, Callable[[], None]], rounds: int = ROUNDS) -> dict[str, float]:
     """Milliseconds a step of each variant, medians of interleaved rounds."""
     times: dict[str, list[float]] = {name: [] for name in plays}
@@ -310,7 +338,8 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
     bench = Bench(name, getattr(torch, options.dtype), options.rank, PROMPT + NEW)
     if options.images:
         cuda.clear_images()
-        cuda.load_images(options.images / name, cuda.profile().arch)
+        for part in sorted(options.images.glob(f"{name}-[0-9]")):
+            cuda.load_images(part, cuda.profile().arch)
     bench.to_gpu()
     plain = bench.with_budget(0.5)
     made: dict[str, tuple[CudaSession, str]] = {
@@ -349,12 +378,14 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
             flush=True,
         )
     print(f"{'50%, through generate':28} {generate:7.3f}")
+    more = tables(bench, options) if name in options.tables else {}
     if eager:
         print(f"{'transformers, eager':28} {eager:7.3f}")
     return {
         "model": name,
         "generate_ms": generate,
         "eager_ms": eager,
+        **more,
         "seconds": round(time.perf_counter() - began, 1),
         "rows": [vars(row) | {"limit_share": row.gigabytes * 1e9 / limit / (row.ms / 1e3),
                               "speedup": dense / row.ms} for row in rows],
@@ -424,6 +455,9 @@ def main() -> None:
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.3, 0.5, 0.7])
     parser.add_argument("--no-dejavu", dest="dejavu", action="store_false")
     parser.add_argument("--no-zeros", dest="zeros", action="store_false")
+    parser.add_argument("--tables", nargs="*", default=["llama-2-7b"], help="batches and caches")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 8, 16])
+    parser.add_argument("--slots", type=int, nargs="*", default=[2048, 8192, 32768])
     parser.add_argument("--eager", nargs="*", default=["opt-13b"], help="also in transformers")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--images", type=Path, help="kernels that --compile wrote")
@@ -433,8 +467,14 @@ def main() -> None:
         for name in options.models:
             bench = Bench(name, getattr(torch, options.dtype), options.rank, PROMPT + NEW)
             sessions = [bench.session, *([bench.with_dejavu(0.5)] if options.dejavu else [])]
-            for session in sessions:
-                load_target("h100").save(session, (1,), options.compile / name)
+            batches = options.batches if name in options.tables else [1]
+            if name in options.tables:
+                for slots in options.slots:
+                    longer = copy.copy(bench.session)
+                    longer.max_seq_len = slots
+                    sessions.append(longer)
+            for part, session in enumerate(sessions):
+                load_target("h100").save(session, batches, options.compile / f"{name}-{part}")
             print(f"compiled the kernels of {name}", flush=True)
         return
     if not torch.cuda.is_available():
