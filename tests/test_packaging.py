@@ -68,8 +68,9 @@ def test_wheel(built: Path, tmp_path: Path) -> None:
     tops = {path.name for path in tmp_path.iterdir()}
     assert tops == {"shadowc", f"shadowc-{version}.dist-info"}  # no `kernels`, no `tests`
     for folder in ("passes", "kernels", "targets"):
-        assert {p.name for p in (ROOT / folder).glob("*.py")} == {
-            p.name for p in (tmp_path / "shadowc" / folder).glob("*.py")
+        here, there = ROOT / folder, tmp_path / "shadowc" / folder
+        assert {p.relative_to(here) for p in here.rglob("*.py")} == {
+            p.relative_to(there) for p in there.rglob("*.py")
         }
 
 

@@ -40,6 +40,19 @@ def test_the_median_is_in_milliseconds():
     assert Variant(lambda token: None, times=[0.001, 0.002, 0.5]).ms == pytest.approx(2.0)
 
 
+def test_a_turn_on_a_device_that_only_starts_work_is_timed_as_a_whole(monkeypatch):
+    clock = SimpleNamespace(perf_counter=itertools.count(0, 4).__next__)  # 4 s from call to call
+    monkeypatch.setattr(bench, "time", clock)
+    log = []
+    added = SimpleNamespace(add=lambda results: log.append(f"count {results}"))
+    device = Variant(lambda token: int(token), added, wait=lambda: log.append("wait"))
+    device.decode(torch.arange(8)[None], measured=False)
+    assert log == ["wait", "wait"] and not device.times
+    device.decode(torch.arange(8)[None], measured=True)
+    assert device.times == [0.5] * 8
+    assert log[2:] == ["wait", "wait", "count 7"]
+
+
 def test_selection_is_timed_inside_the_step_and_is_a_part_of_it(tiny, monkeypatch):
     session, ids = tiny.session(HALF), tiny.ids(1, 24)
     program = session.programs["decode"]
