@@ -8,7 +8,7 @@
     kernels/sm_NN/*                    compiled kernels (CUDA targets)
     report.json                        what was measured on this artifact
 
-Safetensors and JSON only. The manifest names no path outside the directory and no code to import.
+Safetensors, JSON and images of kernels only. The manifest names no path outside the directory and no code to import.
 Loading checks schema, sizes and hashes before anything is used.
 """
 
