@@ -8,8 +8,8 @@
     kernels/sm_NN/*                    compiled kernels (CUDA targets)
     report.json                        what was measured on this artifact
 
-Safetensors, JSON and images of kernels only. The manifest names no path outside the directory and no code to import.
-Loading checks schema, sizes and hashes before anything is used.
+Safetensors, JSON and images of kernels only. The manifest names no path outside the directory and
+no code to import. Loading checks schema, sizes and hashes before anything is used.
 """
 
 from __future__ import annotations
