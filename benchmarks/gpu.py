@@ -25,6 +25,7 @@ import argparse
 import copy
 import json
 import operator
+import shlex
 import statistics
 import sys
 import time
@@ -200,6 +201,7 @@ class Bench:
         self, name: str, dtype: torch.dtype, rank: int, slots: int, batches: tuple[int, ...] = (1,)
     ) -> None:
         self.dtype, self.batches = dtype, batches
+        self.jit = True
         loaded = meta_model(name, dtype)
         self.shape, self.config = loaded.shape, loaded.model.config
         self.policy = Policy(0.5, 0.5)
@@ -230,7 +232,7 @@ class Bench:
             node.args = (node.args[0], after[before.index(node.args[1])], *node.args[2:])
         session = self.session.with_program("decode", replace(program, graph=graph))
         session.policy = policy
-        return CudaSession.of(session, self.batches, cuda.profile().name)
+        return CudaSession.of(session, self.batches, cuda.profile().name, jit=self.jit)
 
     def with_dejavu(self, share: float) -> Session:
         """The decode program with a predictor before every attention and MLP."""
@@ -269,12 +271,12 @@ def tables(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Batches and long caches: dense beside 50%, in milliseconds a step."""
     found: dict[str, Any] = {"batches": {}, "slots": {}}
     for batch in options.batches:
-        session = CudaSession.of(bench.session, (batch,), cuda.profile().name)
+        session = CudaSession.of(bench.session, (batch,), cuda.profile().name, jit=bench.jit)
         found["batches"][batch] = pairs(session, batch, PROMPT)
     for slots in options.slots:
         longer = copy.copy(bench.session)
         longer.max_seq_len, longer._bound = slots, {}
-        session = CudaSession.of(longer, (1,), cuda.profile().name)
+        session = CudaSession.of(longer, (1,), cuda.profile().name, jit=bench.jit)
         found["slots"][slots] = pairs(session, 1, slots - NEW)
     for title, rows in found.items():
         for size, row in rows.items():
@@ -336,7 +338,8 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
     """All variants of one model."""
     began = time.perf_counter()
     bench = Bench(name, getattr(torch, options.dtype), options.rank, PROMPT + NEW)
-    if options.images:
+    if options.images:  # then nothing is compiled here: what is missing is an error
+        bench.jit = False
         cuda.clear_images()
         for part in sorted(options.images.glob(f"{name}-[0-9]")):
             cuda.load_images(part, cuda.profile().arch)
@@ -352,7 +355,10 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
     if options.dejavu:
         session = bench.with_dejavu(0.5)
         session.tensors = random_weights(session.tensors, bench.shape.hidden)
-        made["DejaVu, 50%"] = (CudaSession.of(session, (1,), cuda.profile().name), "decode")
+        made["DejaVu, 50%"] = (
+            CudaSession.of(session, (1,), cuda.profile().name, jit=bench.jit),
+            "decode",
+        )
     rows = play_all(made)
     at = next(share for share in made if share.endswith("%"))
     generate = generate_ms(bench, made["50%" if "50%" in made else at][0])
@@ -446,6 +452,52 @@ def play_all(made: Mapping[str, tuple[CudaSession, str]]) -> list[Row]:
     return rows
 
 
+def page(found: Mapping[str, Any]) -> str:
+    """The results as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines = [
+        f"# Decode speed on one {found['profile'].upper()}",
+        "",
+        f"{found['device']}, {found['date']}; {versions}; {found['dtype']}, batch 1, prompt "
+        f"{PROMPT} + {NEW} new tokens, predictor of rank {found['rank']}, masks refreshed at every "
+        "token, random weights (speed only). Medians of interleaved rounds in one process. A sum "
+        f"over 4 GB reads {found['read_bandwidth'] / 1e9:.0f} GB/s: the limit of that column.",
+        "",
+        "Speedups are over the faster dense run. `rows`: rows of the second MLP projection that "
+        "were read (random weights: half of the activations after a ReLU are zero; SwiGLU has no "
+        "zeros). `95% zeros`: biases of the first projection shifted so that 95% of the activations "
+        "are exactly zero, as in large trained OPTs.",
+    ]
+    head = (
+        "variant",
+        "ms a token",
+        "speedup",
+        "GB read",
+        "of the limit",
+        "heads",
+        "neurons",
+        "rows",
+    )
+    for result in found["results"]:
+        lines += ["", f"## {result['model']}", "", f"| {' | '.join(head)} |"]
+        lines += ["| --- |" + " ---: |" * (len(head) - 1)]
+        lines += [
+            f"| {row['name']} | {row['ms']:.3f} | {row['speedup']:.2f}x | {row['gigabytes']:.2f} | "
+            f"{row['limit_share']:.2f} | {row['heads']:.0%} | {row['neurons']:.0%} | "
+            f"{row['rows']:.1%} |"
+            for row in result["rows"]
+        ]
+        for name, key in (("50%, `generate`", "generate_ms"), ("transformers eager", "eager_ms")):
+            if result[key]:
+                lines += [f"| {name} | {result[key]:.3f} |" + " |" * (len(head) - 2)]
+        for kind in ("batches", "slots"):
+            for size, times in result.get(kind, {}).items():
+                shown = ", ".join(f"{name} {ms:.3f}" for name, ms in times.items())
+                lines += ["", f"{kind} {size}: {shown} ms a step."]
+    command = shlex.join(["python", "-P", "benchmarks/gpu.py", *found["arguments"]])
+    return "\n".join([*lines, "", f"    {command}", ""])
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -459,9 +511,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 8, 16])
     parser.add_argument("--slots", type=int, nargs="*", default=[2048, 8192, 32768])
     parser.add_argument("--eager", nargs="*", default=["opt-13b"], help="also in transformers")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="and a page of the same name")
     parser.add_argument("--images", type=Path, help="kernels that --compile wrote")
-    parser.add_argument("--compile", type=Path, help="write kernels there; needs no GPU")
+    parser.add_argument("--compile", type=Path, help="write an H100's kernels there; needs no GPU")
     options = parser.parse_args()
     if options.compile:
         for name in options.models:
@@ -484,6 +536,9 @@ def main() -> None:
         "profile": cuda.profile().name,
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
+        "dtype": options.dtype,
+        "rank": options.rank,
+        "arguments": sys.argv[1:],
     }
     with torch.inference_mode():
         limit = read_bandwidth()
@@ -496,6 +551,7 @@ def main() -> None:
             if options.json:
                 found = {**about, "read_bandwidth": limit, "results": results}
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
+                options.json.with_suffix(".md").write_text(page(found))
 
 
 if __name__ == "__main__":
