@@ -465,8 +465,8 @@ def page(found: Mapping[str, Any]) -> str:
         "",
         "Speedups are over the faster dense run. `rows`: rows of the second MLP projection that "
         "were read (random weights: half of the activations after a ReLU are zero; SwiGLU has no "
-        "zeros). `95% zeros`: biases of the first projection shifted so that 95% of the activations "
-        "are exactly zero, as in large trained OPTs.",
+        "zeros). `95% zeros`: biases of the first projection shifted so that 95% of the "
+        "activations are exactly zero, as in large trained OPTs.",
     ]
     head = (
         "variant",
