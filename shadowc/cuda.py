@@ -15,7 +15,6 @@ how it is launched. Values of integers and floats are not part of it.
 from __future__ import annotations
 
 import ast
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -27,7 +26,7 @@ import struct
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,11 +269,6 @@ _SLOTS = {"pointer": "Q", "i32": "i4x", "i64": "q", "fp32": "f4x"}
 _KIND = re.compile(r"constexpr|i32|i64|fp32|\*(?:" + "|".join(_TYPES.values()) + ")")
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _KEY_DIGITS = 20
-
-_PARSES = 8
-"""Tries of a compilation: Triton parses its source, and in CPython 3.11 threads that parse at once
-share a counter (SystemError: AST constructor recursion depth mismatch).
-"""
 
 
 @dataclass(frozen=True)
@@ -662,38 +656,31 @@ def compile_kernel(kernel: Any, spec: KernelSpec, arch: int) -> Image:
             got="TRITON_INTERPRET is set",
             fix="unset TRITON_INTERPRET",
         )
-    if spec.source != _source(_function(kernel)):
-        raise KernelError(f"the source of kernel {spec.name} is not the one that was recorded")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     order = [name for name, _ in spec.signature]
-    source = ASTSource(
-        kernel,
-        dict(spec.signature),
-        dict(spec.constants),
-        {(order.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},
-    )
-
-    def compile_once() -> Any:
-        return triton.compile(
-            source,
-            target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": spec.warps, "launch_pdl": spec.pdl},
-        )
-
-    try:
-        with _without_lines(triton.knobs.compilation):
-            for _ in range(_PARSES):
-                with contextlib.suppress(SystemError):
-                    compiled = compile_once()
-                    break
-            else:
-                compiled = compile_once()
-    except Exception as error:  # whatever stage of Triton, LLVM or ptxas it was
-        raise KernelError(
-            f"kernel {spec.name} cannot be compiled for sm_{arch}", got=f"{error}".strip()
-        ) from error
+    with _compiling:
+        if spec.source != _source(_function(kernel)):
+            raise KernelError(f"the source of kernel {spec.name} is not the one that was recorded")
+        try:
+            with triton.knobs.compilation.scope():
+                # Line numbers would put paths of this machine in the artifact.
+                triton.knobs.compilation.disable_line_info = True
+                compiled = triton.compile(
+                    ASTSource(
+                        kernel,
+                        dict(spec.signature),
+                        dict(spec.constants),
+                        {(order.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},
+                    ),
+                    target=GPUTarget("cuda", arch, 32),
+                    options={"num_warps": spec.warps, "launch_pdl": spec.pdl},
+                )
+        except Exception as error:  # whatever stage of Triton, LLVM or ptxas it was
+            raise KernelError(
+                f"kernel {spec.name} cannot be compiled for sm_{arch}", got=f"{error}".strip()
+            ) from error
     metadata = compiled.metadata
     scratch = metadata.global_scratch_size + metadata.profile_scratch_size
     if scratch:
@@ -719,30 +706,10 @@ def compile_kernel(kernel: Any, spec: KernelSpec, arch: int) -> Image:
     )
 
 
-_lock = threading.Lock()
-_compiling = 0
-_scope = ExitStack()
-
-
-@contextmanager
-def _without_lines(knobs: Any) -> Iterator[None]:
-    """Compile without line numbers, which would put paths of this machine in the artifact.
-
-    The setting is one of the process: the first thread to compile makes it, the last one undoes it.
-    """
-    global _compiling
-    with _lock:
-        if _compiling == 0:
-            _scope.enter_context(knobs.scope())
-            knobs.disable_line_info = True
-        _compiling += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _compiling -= 1
-            if _compiling == 0:
-                _scope.close()
+_compiling = threading.Lock()
+"""One compilation at a time: the setting of line numbers is one of the process, and in CPython 3.11
+threads that parse at once break each other (AST constructor recursion depth mismatch).
+"""
 
 
 def _appended(spec: KernelSpec, entry: str, ptx: str) -> int:

@@ -8,7 +8,6 @@ compiles nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,10 +132,8 @@ class CudaTarget:
             for batch in {1, *batch_sizes}:  # a prompt runs for its own rows, however few
                 found |= record(session, batch)
         arch = self.profile.arch
-        # Triton compiles outside Python's lock for much of the time.
-        with ThreadPoolExecutor() as pool:
-            images = pool.map(lambda one: cuda.compile_kernel(one[1], one[0], arch), found.values())
-            cuda.save_images(directory, images)
+        images = [cuda.compile_kernel(kernel, spec, arch) for spec, kernel in found.values()]
+        cuda.save_images(directory, images)
 
     def serve(
         self, session: Session, directory: Path, batch_sizes: Sequence[int], *, allow_jit: bool

@@ -348,7 +348,7 @@ def test_the_same_source_gives_the_same_code(kernels, tmp_path):
 
 
 @here
-def test_threads_compile_side_by_side(kernels, monkeypatch):
+def test_threads_may_compile_at_once(kernels, monkeypatch):
     monkeypatch.delenv("TRITON_DISABLE_LINE_INFO", raising=False)
     with cuda.recording() as noted:
         for block in (16, 32, 64, 128, 256):
