@@ -17,6 +17,7 @@ from torch import fx
 
 from shadowc.config import ModelShape
 from shadowc.errors import PassError
+from shadowc.selection import Selection
 
 aten = torch.ops.aten
 
@@ -58,17 +59,37 @@ class MLP:
 
 
 @dataclass
-class Keep:
-    """The nodes that say which units run: scores [B, T, L', N] and masks bool [B, T, L, N].
+class Choice:
+    """What one tap chooses of one kind.
 
-    `readers` are the nodes of the predictor that use the feature.
+    Attributes:
+        kind: `head` or `neuron`.
+        layers: Those whose units it scores.
+        scores: fp32 [B, T, L', N].
+        selection: How it chooses.
+        threshold: The thresholds fp32 [L'], where `selection` has them.
     """
 
-    head_scores: fx.Node
-    neuron_scores: fx.Node
-    head_mask: fx.Node
-    neuron_mask: fx.Node
-    readers: list[fx.Node]
+    kind: str
+    layers: range
+    scores: fx.Node
+    selection: Selection
+    threshold: fx.Node | None = None
+
+
+@dataclass
+class Keep:
+    """The nodes that say which units run.
+
+    Attributes:
+        choices: Of all taps, in the order of the layers.
+        masks: Of each kind, by layer: bool [B, T, N].
+        readers: For each tap the nodes of its predictor that use the feature.
+    """
+
+    choices: list[Choice]
+    masks: dict[str, dict[int, fx.Node]]
+    readers: list[list[fx.Node]]
 
 
 @dataclass
@@ -80,13 +101,12 @@ class Blocks:
     mlp: list[MLP] = field(default_factory=list)
     keep: Keep | None = None
 
-    @property
-    def residual(self) -> fx.Node:
-        """The residual stream after layer 0's attention, [B, T, C]."""
-        users = [u for u in self.attention[0].output.users if u.target is aten.add.Tensor]
+    def residual(self, layer: int) -> fx.Node:
+        """The residual stream after a layer's attention, [B, T, C]."""
+        users = [u for u in self.attention[layer].output.users if u.target is aten.add.Tensor]
         if len(users) != 1:
             raise PassError(
-                "find_blocks found no residual add after layer 0's attention",
+                f"find_blocks found no residual add after layer {layer}'s attention",
                 expected="one aten.add that uses its output projection",
                 got=f"{len(users)}",
             )

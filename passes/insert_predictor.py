@@ -1,30 +1,37 @@
 """blocks -> blocks, scores, and the masks that follow from them.
 
-    feature -> predictor -> scores [B, T, L', N] -> top-k by the policy -> masks [B, T, L, N]
+    at each tap:  feature -> predictor -> scores [B, T, L', N] -> selection -> masks [B, T, L', N]
                                      masks[t] = masks[mask_source[t]]   (all ones where it is < 0)
 
 A new input `mask_source` int64 [B, T] names, for every token, the token whose mask it runs with:
 itself (refresh every token), an earlier one, or none (-1: a prompt token, which runs dense). That
 one input states every refresh mode, and a mask can never come from a later token.
 
-The predictor is the very module that was fitted, exported and inlined, so what the artifact
+The predictors are the very modules that were fitted, exported and inlined, so what the artifact
 computes is what calibration measured. For `static` scores the masks are constants.
-The graph then returns (logits, head mask, neuron mask).
+The graph then returns (logits, head mask [B, T, L, H], neuron mask [B, T, L, F]).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from shadowc.calibration.predictor import ShadowPredictor
-from shadowc.config import ModelShape, Policy
+from shadowc.config import Tap
 from shadowc.errors import PassError
 from shadowc.kernels.select import select_reference
-from shadowc.passes.find_blocks import Keep, blocks_of
+from shadowc.kernels.select_above import select_above_reference
+from shadowc.passes.find_blocks import Choice, Keep, blocks_of
+from shadowc.selection import Selection, TopK
 
 PREFIX = "predictor"
+KINDS = ("head", "neuron")
+aten = torch.ops.aten
 
 
 class StaticScores(nn.Module):
@@ -46,12 +53,15 @@ class StaticScores(nn.Module):
 class MaskMaker(nn.Module):
     """Feature -> scores -> masks, in plain aten: the semantics of selection."""
 
-    def __init__(self, predictor: nn.Module, shape: ModelShape, policy: Policy) -> None:
+    def __init__(self, predictor: nn.Module, heads: Selection, neurons: Selection) -> None:
         super().__init__()
         self.predictor = predictor
-        self.local = policy.scope == "local"
-        self.heads = policy.heads_kept(shape), policy.min_heads
-        self.neurons = policy.neurons_kept(shape), policy.min_neurons
+        self.top_k: dict[str, TopK] = {}
+        for kind, selection in zip(KINDS, (heads, neurons), strict=True):
+            if isinstance(selection, TopK):
+                self.top_k[kind] = selection
+            else:
+                self.register_buffer(f"{kind}_threshold", selection)
 
     def forward(
         self, feature: Tensor, mask_source: Tensor
@@ -63,69 +73,82 @@ class MaskMaker(nn.Module):
             mask_source: int64 [B, T].
 
         Returns:
-            Head scores [B, T, L-1, H], neuron scores [B, T, L, F], head mask bool [B, T, L, H]
-            (layer 0 all ones), neuron mask bool [B, T, L, F].
+            Head scores [B, T, L', H], neuron scores [B, T, L'', F] and their masks, bool.
         """
-        head_scores, neuron_scores = self.predictor(feature)
-        heads = select_reference(head_scores, *self.heads, self.local)
-        heads = torch.cat((torch.ones_like(heads[:, :, :1]), heads), dim=2)
-        neurons = select_reference(neuron_scores, *self.neurons, self.local)
-        return (
-            head_scores,
-            neuron_scores,
-            _from_source(heads, mask_source),
-            _from_source(neurons, mask_source),
-        )
+        scores = self.predictor(feature)
+        masks = (self._masks(*one, mask_source) for one in zip(KINDS, scores, strict=True))
+        return (*scores, *masks)
+
+    def _masks(self, kind: str, scores: Tensor, source: Tensor) -> Tensor:
+        if kind in self.top_k:
+            best = self.top_k[kind]
+            mask = select_reference(scores, best.keep, best.floor, best.local)
+        else:
+            mask = select_above_reference(scores, getattr(self, f"{kind}_threshold"))
+        index = source.clamp(min=0)[:, :, None, None].expand_as(mask)
+        return mask.gather(1, index) | (source < 0)[:, :, None, None]
 
 
-def _from_source(mask: Tensor, source: Tensor) -> Tensor:
-    index = source.clamp(min=0)[:, :, None, None].expand_as(mask)
-    return mask.gather(1, index) | (source < 0)[:, :, None, None]
+@dataclass(frozen=True)
+class TapMasks:
+    """One tap's predictor and selection.
+
+    Attributes:
+        tap: Where it reads and what it scores.
+        graph: Feature and mask_source to (head scores, neuron scores, head mask, neuron mask).
+        heads: How heads are chosen.
+        neurons: How neurons are chosen.
+    """
+
+    tap: Tap
+    graph: fx.GraphModule
+    heads: Selection
+    neurons: Selection
 
 
 def export_masks(
-    predictor: ShadowPredictor | StaticScores, shape: ModelShape, policy: Policy, width: int
-) -> fx.GraphModule:
-    """Export predictor and selection, once for all graphs that they are inserted into.
+    predictors: Sequence[ShadowPredictor | StaticScores],
+    chosen: Iterable[tuple[Tap, Selection, Selection]],
+    width: int,
+) -> list[TapMasks]:
+    """Export predictors and selections, once for all graphs that they are inserted into.
 
     Args:
-        predictor: What scores the units.
-        shape: The model's shape.
-        policy: How many units run.
+        predictors: What scores the units, a tap each.
+        chosen: For each tap, how it chooses heads and neurons.
         width: Features of a token: C, or H*D for `context`.
 
-    Returns:
-        A graph of feature and mask_source to (head scores, neuron scores, head mask, neuron mask).
-
     Raises:
-        PassError: If torch.export cannot trace the predictor.
+        PassError: If torch.export cannot trace a predictor.
     """
     grid = {0: Dim("B", min=1, max=1024), 1: Dim("T", min=1, max=1 << 20)}
-    maker = MaskMaker(predictor, shape, policy).eval()
-    try:
-        program = torch.export.export(
-            maker,
-            (torch.zeros(2, 3, width), torch.zeros(2, 3, dtype=torch.int64)),
-            dynamic_shapes=(grid, grid),
-            strict=False,
-        )
-    except Exception as error:
-        raise PassError("insert_predictor cannot export the predictor", got=error) from error
-    masks = program.module(check_guards=False)
-    masks.graph.set_codegen(fx.graph.CodeGen())
-    return masks
+    made = []
+    for predictor, (tap, heads, neurons) in zip(predictors, chosen, strict=True):
+        try:
+            program = torch.export.export(
+                MaskMaker(predictor, heads, neurons).eval(),
+                (torch.zeros(2, 3, width), torch.zeros(2, 3, dtype=torch.int64)),
+                dynamic_shapes=(grid, grid),
+                strict=False,
+            )
+        except Exception as error:
+            raise PassError("insert_predictor cannot export the predictor", got=error) from error
+        graph = program.module(check_guards=False)
+        graph.graph.set_codegen(fx.graph.CodeGen())
+        made.append(TapMasks(tap, graph, heads, neurons))
+    return made
 
 
 def insert_predictor(
-    module: fx.GraphModule, *, masks: fx.GraphModule, feature: str = "residual"
+    module: fx.GraphModule, *, masks: Sequence[TapMasks], feature: str = "residual"
 ) -> bool:
-    """Insert scores and masks after layer 0's attention.
+    """Insert scores and masks after the attention of every tap's layer.
 
     Args:
         module: A graph with blocks.
         masks: What `export_masks` gave.
-        feature: `residual` (the stream after layer 0's attention) or `context` (its attention
-            output before the projection).
+        feature: `residual` (the stream after a layer's attention), `normed` (what its MLP reads) or
+            `context` (its attention's output before the projection).
 
     Returns:
         Whether anything changed.
@@ -136,42 +159,83 @@ def insert_predictor(
     blocks = blocks_of(module)
     if blocks.keep is not None:
         return False
-    graph = module.graph
-    source = blocks.residual if feature == "residual" else blocks.attention[0].context
-
+    graph, shape = module.graph, blocks.shape
     last_input = list(graph.find_nodes(op="placeholder"))[-1]
     with graph.inserting_after(last_input):
         mask_source = graph.placeholder("mask_source")
-    module.add_submodule(PREFIX, getattr(masks, PREFIX))
+    keep = Keep([], {kind: {} for kind in KINDS}, [])
+    call = graph.call_function
+    with graph.inserting_before(mask_source.next):  # layer 0's heads always run: ones [B, T, H]
+        one = call(aten.ones_like.default, (mask_source,), {"dtype": torch.bool})
+        column = call(aten.unsqueeze.default, (one, -1))
+        keep.masks["head"][0] = call(aten.expand.default, (column, [-1, -1, shape.heads]))
+    for made in masks:
+        layer = made.tap.layer
+        if feature == "residual":
+            source = blocks.residual(layer)
+        elif feature == "normed":
+            source = blocks.mlp[layer].up.args[0]
+        else:
+            source = blocks.attention[layer].context
+        _insert(module, made, source, mask_source, keep)
+    blocks.keep = keep
+    output = graph.output_node()
+    (logits,) = output.args[0]
+    layers = range(shape.layers)
+    with graph.inserting_before(output):
+        whole = [call(aten.stack.default, ([keep.masks[k][i] for i in layers], 2)) for k in KINDS]
+    output.args = ((logits, *whole),)
+    return True
+
+
+def _insert(
+    module: fx.GraphModule, masks: TapMasks, source: fx.Node, mask_source: fx.Node, keep: Keep
+) -> None:
+    """Inline one tap's graph after what it reads, and note what it chooses."""
+    graph, tap = module.graph, masks.tap
+    home = f"{PREFIX}.{tap.layer}"
     nodes: dict[fx.Node, fx.Node] = {}
     returned: tuple[fx.Node, ...] = ()
     with graph.inserting_after(source):
-        anchor = graph.call_function(torch.ops.aten.alias.default, (source,))
+        anchor = graph.call_function(aten.alias.default, (source,))
     arguments = iter((source, mask_source))
     with graph.inserting_before(anchor):
-        for node in masks.graph.nodes:
+        for node in masks.graph.graph.nodes:
             if node.op == "placeholder":
                 nodes[node] = next(arguments)
             elif node.op == "output":
                 returned = node.args[0]
+            elif node.op == "get_attr":
+                name = f"{home}.{str(node.target).removeprefix(f'{PREFIX}.')}"
+                _adopt(module, name, masks.graph.get_buffer(str(node.target)))
+                nodes[node] = graph.get_attr(name)
             else:
                 nodes[node] = graph.node_copy(node, lambda n: nodes[n])
-                if node.target is torch.ops.aten.sym_size.int:
+                if node.target is aten.sym_size.int:
                     nodes[node].replace_input_with(mask_source, source)  # B and T are the same
-                if node.op == "get_attr" and "." not in str(node.target):
-                    _adopt_constant(module, masks, nodes[node])
+        scores, made = returned[:2], returned[2:]
+        for kind, layers, selection, score, mask in zip(
+            KINDS, (tap.heads, tap.neurons), (masks.heads, masks.neurons), scores, made, strict=True
+        ):
+            if not layers:
+                continue
+            threshold = None
+            if not isinstance(selection, TopK):
+                threshold = graph.get_attr(f"{home}.{kind}_threshold")
+            keep.choices.append(Choice(kind, layers, nodes[score], selection, threshold))
+            for i, layer in enumerate(layers):
+                one = graph.call_function(aten.select.int, (nodes[mask], 2, i))
+                keep.masks[kind][layer] = one
     graph.erase_node(anchor)
-    made = list(nodes.values())
-    readers = [node for node in made if source in node.all_input_nodes]
-    head_scores, neuron_scores, head_mask, neuron_mask = (nodes[node] for node in returned)
-    blocks.keep = Keep(head_scores, neuron_scores, head_mask, neuron_mask, readers)
-    output = graph.output_node()
-    (logits,) = output.args[0]
-    output.args = ((logits, blocks.keep.head_mask, blocks.keep.neuron_mask),)
-    return True
+    keep.readers.append([node for node in nodes.values() if source in node.all_input_nodes])
 
 
-def _adopt_constant(module: fx.GraphModule, masks: fx.GraphModule, node: fx.Node) -> None:
-    name = f"{PREFIX}_{node.target}"
-    module.register_buffer(name, getattr(masks, str(node.target)))
-    node.target = name
+def _adopt(module: fx.GraphModule, name: str, value: Tensor) -> None:
+    """Register a buffer under a dotted name."""
+    home: nn.Module = module
+    *owners, leaf = name.split(".")
+    for owner in owners:
+        if not hasattr(home, owner):
+            home.add_module(owner, nn.Module())
+        home = getattr(home, owner)
+    home.register_buffer(leaf, value)

@@ -1,4 +1,7 @@
-"""scores of all tokens  ->  scores of the last token: a prompt's keep sets come from that one."""
+"""scores of all tokens  ->  scores of the last token: a prompt's keep sets come from that one.
+
+Predictors compute in fp32, whatever the type of the model's own activations.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ aten = torch.ops.aten
 
 
 def last_feature(module: fx.GraphModule) -> bool:
-    """Slice what the predictor reads to the last token.
+    """Slice what predictors read to the last token.
 
     Args:
         module: A graph with scores that nothing masks with (`scored`), or without any.
@@ -26,12 +29,15 @@ def last_feature(module: fx.GraphModule) -> bool:
     keep = blocks_of(module).keep
     if keep is None or not keep.readers:
         return False
-    if any(user.target is aten.select.int for user in keep.neuron_mask.users):
+    used = {user.target for masks in keep.masks.values() for m in masks.values() for user in m.users}
+    if used - {aten.stack.default}:  # what the graph returns
         raise PassError("last_feature: masks of all tokens are in use")
-    (feature,) = {a for node in keep.readers for a in node.all_input_nodes if a.op != "get_attr"}
-    with module.graph.inserting_before(keep.readers[0]):
-        last = module.graph.call_function(aten.slice.Tensor, (feature, 1, -1))
-    for node in keep.readers:
-        node.replace_input_with(feature, last)
+    call = module.graph.call_function
+    for readers in keep.readers:
+        (feature,) = {a for node in readers for a in node.all_input_nodes if a.op != "get_attr"}
+        with module.graph.inserting_before(readers[0]):
+            last = call(aten.to.dtype, (call(aten.slice.Tensor, (feature, 1, -1)), torch.float32))
+        for node in readers:
+            node.replace_input_with(feature, last)
     keep.readers = []
     return True

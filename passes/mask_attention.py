@@ -37,8 +37,7 @@ def mask_attention(module: fx.GraphModule) -> bool:
         if layer == 0 or block.mask is not None:
             continue
         call = graph.call_function
-        with graph.inserting_before(block.context):
-            mask = call(aten.select.int, (blocks.keep.head_mask, 2, layer))  # [B, T, H]
+        mask = blocks.keep.masks["head"][layer]  # [B, T, H]
         with graph.inserting_before(block.output):
             split = call(aten.unflatten.int, (block.context, -1, [shape.heads, shape.head_dim]))
             kept = call(aten.mul.Tensor, (split, call(aten.unsqueeze.default, (mask, -1))))

@@ -30,8 +30,8 @@ def mask_mlp(module: fx.GraphModule) -> bool:
     for layer, block in enumerate(blocks.mlp):
         if block.mask is not None:
             continue
+        mask = blocks.keep.masks["neuron"][layer]
         with graph.inserting_before(block.output):
-            mask = graph.call_function(aten.select.int, (blocks.keep.neuron_mask, 2, layer))
             masked = graph.call_function(aten.mul.Tensor, (block.hidden, mask))
         block.output.replace_input_with(block.hidden, masked)
         block.mask = mask

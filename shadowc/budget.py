@@ -13,13 +13,11 @@ MOST_NEURONS = 0.9
 
 
 def predictor_elements(calibration: Calibration, *, heads: bool, neurons: bool) -> int:
-    """Matrix elements that one prediction reads."""
-    if calibration.predictor == "static":
-        return 0
+    """Matrix elements that the predictions of one token read, at all taps."""
     shape, rank, features = calibration.shape, calibration.rank, calibration.random_features
     units = shape.heads * (shape.layers - 1) * heads + shape.ffn * shape.layers * neurons
-    width = next(v.shape[0] for k, v in calibration.weights.items() if k == "feature_mean")
-    return features * width + rank * (width + features + units)
+    first = (features + rank) * calibration.width + rank * features
+    return len(calibration.taps) * first + rank * units
 
 
 def elements_read(calibration: Calibration, policy: Policy) -> float:

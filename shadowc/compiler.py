@@ -27,6 +27,7 @@ from shadowc.passes.mask_attention import mask_attention
 from shadowc.passes.mask_mlp import mask_mlp
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
+from shadowc.selection import Selection, TopK, selections
 from shadowc.trace import trace
 from shadowc.versions import versions
 
@@ -149,22 +150,19 @@ def build_programs(
     found: tuple[Pass, ...] = (partial(find_blocks, shape=loaded.shape),)
     scored, masked = found, found
     keep: dict[str, Tensor] = {}
-    predictor: ShadowPredictor | StaticScores | None
     if sparse:
         if calibration is None:
             raise CalibrationError(
                 "skipping units needs a calibration",
                 fix="run: shadowc calibrate MODEL; or compile with --sparsity 0",
             )
-        predictor = calibration.build_predictor()
-        if predictor is None:
+        chosen = selections(calibration, policy)
+        predictors: list[ShadowPredictor | StaticScores] = [*calibration.build_predictors()]
+        if not predictors:
             static = StaticScores(calibration.mean_head_scores, calibration.mean_neuron_scores)
-            keep = static_keep(static, policy, loaded)
-            predictor = static
-        width = loaded.shape.hidden
-        if calibration.feature == "context":
-            width = loaded.shape.heads * loaded.shape.head_dim
-        masks = export_masks(predictor, loaded.shape, policy, width)
+            keep = static_keep(static, *chosen[0][1:])
+            predictors = [static]
+        masks = export_masks(predictors, chosen, calibration.width)
         insert = partial(insert_predictor, masks=masks, feature=calibration.feature)
         scored = (*found, insert)
         masked = (*scored, mask_attention, mask_mlp)  # after the insert: they multiply by its masks
@@ -197,17 +195,15 @@ def build_programs(
     return Built(programs, packed, keep, read)
 
 
-def static_keep(scores: StaticScores, policy: Policy, loaded: LoadedModel) -> dict[str, Tensor]:
+def static_keep(scores: StaticScores, heads: Selection, neurons: Selection) -> dict[str, Tensor]:
     """The keep sets of mean scores, for one row: index int32 [L, 1, N], count int32 [L, 1]."""
-    shape, local = loaded.shape, policy.scope == "local"
     keep: dict[str, Tensor] = {}
-    kinds = (
-        ("head", scores.heads, policy.heads_kept(shape), policy.min_heads),
-        ("neuron", scores.neurons, policy.neurons_kept(shape), policy.min_neurons),
-    )
-    for kind, score, kept, floor in kinds:
-        if kept < score.numel():
-            index, count = torch.ops.shadowc.select(score[None].contiguous(), kept, floor, local)
+    for kind, score, best in (("head", scores.heads, heads), ("neuron", scores.neurons, neurons)):
+        assert isinstance(best, TopK)
+        if best.keep < score.numel():
+            index, count = torch.ops.shadowc.select(
+                score[None].contiguous(), best.keep, best.floor, best.local
+            )
             keep |= {f"{kind}_index": index, f"{kind}_count": count}
     return keep
 

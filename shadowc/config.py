@@ -7,14 +7,16 @@ C hidden, F ffn, K kept, R predictor rank, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from shadowc.errors import OptionError
 
 SCOPES = ("global", "local")
-FEATURES = ("residual", "context")
-PREDICTORS = ("shadow", "static")
+FEATURES = ("residual", "normed", "context")
+PREDICTORS = ("shadow", "layerwise", "static")
+SELECTIONS = ("topk", "threshold")
 BUDGETS = ("units", "bytes")
 
 
@@ -70,6 +72,47 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class Tap:
+    """One place where a predictor reads, and the layers whose units it scores.
+
+    It reads the residual stream after the attention of `layer`. Heads are those of the layers that
+    follow: half a layer ahead, so that their selection is ready when their layer begins.
+
+    Attributes:
+        layer: t.
+        heads: Layers t+1 to the next tap's, whose heads it scores; none at the last layer.
+        neurons: Layers t to the one before the next tap's, whose neurons it scores.
+    """
+
+    layer: int
+    heads: range
+    neurons: range
+
+
+def taps_of(layers: int, taps: Sequence[int]) -> tuple[Tap, ...]:
+    """Every layer's neurons and every head but layer 0's, dealt out to taps.
+
+    Args:
+        layers: L.
+        taps: Ascending layers that begin with 0.
+
+    Raises:
+        OptionError: If they are not.
+    """
+    if [*taps] != sorted({0, *taps}) or taps[-1] >= layers:
+        raise OptionError(
+            "taps are out of order",
+            expected=f"ascending layers from 0 to {layers - 1}, the first being 0",
+            got=list(taps),
+        )
+    ends = (*taps[1:], layers)
+    return tuple(
+        Tap(t, range(t + 1, min(end + 1, layers)), range(t, end))
+        for t, end in zip(taps, ends, strict=True)
+    )
+
+
+@dataclass(frozen=True)
 class Policy:
     """How many units run, and how they are ranked.
 
@@ -82,6 +125,9 @@ class Policy:
             token.
         min_heads: Heads that every layer keeps at least, its own best ones.
         min_neurons: Neurons that every layer keeps at least, its own best ones.
+        selection: `topk`: exactly the budget at every token; `threshold`: the units whose score is
+            above their layer's threshold, which meets the budget and the floors on average, over
+            the text of calibration: a token may keep more, fewer, or none of a layer.
     """
 
     head_sparsity: float
@@ -90,6 +136,7 @@ class Policy:
     refresh: int = 1
     min_heads: int = 1
     min_neurons: int = 16
+    selection: str = "topk"
 
     def __post_init__(self) -> None:
         """Refuse settings that no model can run."""
@@ -104,6 +151,10 @@ class Policy:
                 )
         if self.scope not in SCOPES:
             raise OptionError(f"unknown scope {self.scope!r}", expected=", ".join(SCOPES))
+        if self.selection not in SELECTIONS:
+            raise OptionError(
+                f"unknown selection {self.selection!r}", expected=", ".join(SELECTIONS)
+            )
         if self.refresh < 0:
             raise OptionError(
                 "refresh is out of range", expected="token, prompt or n >= 1", got=self.refresh

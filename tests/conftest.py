@@ -11,17 +11,19 @@ from torch import Tensor, fx
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from shadowc.calibration.predictor import ShadowPredictor
+from shadowc.calibration.quantiles import QUANTILES, Histogram
 from shadowc.calibration.store import Calibration
 from shadowc.compiler import build_programs
-from shadowc.config import Policy
+from shadowc.config import Policy, taps_of
 from shadowc.models import LoadedModel, ModelSource, load_model, model_shape
 from shadowc.passes.canonicalize import canonicalize
 from shadowc.passes.find_blocks import find_blocks
-from shadowc.passes.insert_predictor import export_masks, insert_predictor
+from shadowc.passes.insert_predictor import TapMasks, export_masks, insert_predictor
 from shadowc.passes.manager import copy_module, run_passes
 from shadowc.passes.mask_attention import mask_attention
 from shadowc.passes.mask_mlp import mask_mlp
 from shadowc.runtime.session import Session
+from shadowc.selection import selections
 from shadowc.targets import load_target
 from shadowc.trace import trace
 
@@ -58,19 +60,29 @@ class Tiny:
         passes = [(), (partial(find_blocks, shape=self.shape),)]
         wanted = stages.index(stage)
         if wanted >= 2:
-            passes.append((partial(insert_predictor, masks=self.masks(policy)),))
+            feature = self.calibration.feature
+            insert = partial(insert_predictor, masks=self.masks(policy), feature=feature)
+            passes.append((insert,))
             passes.append((mask_attention, mask_mlp))
         module = copy_module(self.traced)
         for group in passes[: wanted + 1]:
             run_passes(module, group)
         return module
 
-    def masks(self, policy: Policy) -> fx.GraphModule:
-        """Predictor and selection, exported once a policy."""
+    def masks(self, policy: Policy) -> list[TapMasks]:
+        """Predictors and selections, exported once a policy."""
         if policy not in self.built:
-            predictor = self.calibration.build_predictor()
-            self.built[policy] = export_masks(predictor, self.shape, policy, self.shape.hidden)
+            predictors, chosen = self.calibration.build_predictors(), selections(self.calibration, policy)
+            self.built[policy] = export_masks(predictors, chosen, self.shape.hidden)
         return self.built[policy]
+
+    def with_taps(self, taps: tuple[int, ...], feature: str = "residual") -> Tiny:
+        """The same model with predictors at other taps."""
+        key = ("taps", taps, feature)
+        if key not in self.built:
+            calibration = random_calibration(self.loaded, taps=taps, feature=feature)
+            self.built[key] = Tiny(self.loaded, self.traced, calibration)
+        return self.built[key]
 
     def session(self, policy: Policy, *, dtype=torch.float32, calibration=None) -> Session:
         """The lowered programs, as an artifact would hold them (built once a policy)."""
@@ -117,25 +129,34 @@ def _tiny(name: str) -> Tiny:
     return Tiny(loaded, traced, random_calibration(loaded))
 
 
-def random_calibration(loaded: LoadedModel, predictor: str = "shadow") -> Calibration:
-    """A calibration whose predictor has random weights."""
+def random_calibration(
+    loaded: LoadedModel, predictor: str = "shadow", taps: tuple[int, ...] = (0,), **changes: str
+) -> Calibration:
+    """A calibration whose predictors have random weights, with the quantiles of what they score."""
     shape = loaded.shape
     generator = torch.Generator().manual_seed(1)
-    network = ShadowPredictor(shape, rank=8, random_features=16)
-    for name, buffer in network.named_buffers():
-        if name == "feature_scale":
-            buffer.fill_(1.0)
-        else:
+    weights, quantiles = {}, {"heads": torch.zeros(1, QUANTILES), "neurons": torch.empty(0, QUANTILES)}
+    residual = torch.randn(1, 400, shape.hidden, generator=generator)
+    for tap in taps_of(shape.layers, taps):
+        network = ShadowPredictor(shape, rank=8, random_features=16, tap=tap)
+        for _, buffer in network.named_buffers():
             buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
-    return Calibration(
+        weights |= {f"{tap.layer}.{name}": value for name, value in network.state_dict().items()}
+        for kind, scores in zip(quantiles, network(residual), strict=True):
+            for layer in scores[0].unbind(1):
+                histogram = Histogram()
+                histogram.add(layer)
+                quantiles[kind] = torch.cat((quantiles[kind], histogram.quantiles()[None]))
+    fields = dict(
         model=vars(loaded.source), shape=shape, criterion="random", predictor=predictor,
-        feature="residual", rank=8, random_features=16, data="none", examples=1, tokens=1,
-        seq_len=1, seed=0, metrics={}, versions={},
+        feature="residual", taps=taps, rank=8, random_features=16, data="none", examples=1,
+        tokens=1, seq_len=1, seed=0, metrics={}, versions={},
         mean_head_scores=torch.rand(shape.layers, shape.heads, generator=generator),
         mean_neuron_scores=torch.rand(shape.layers, shape.ffn, generator=generator),
-        zero_rate=torch.zeros(shape.layers, shape.ffn),
-        weights=dict(network.state_dict()) if predictor == "shadow" else {},
+        zero_rate=torch.zeros(shape.layers, shape.ffn), head_quantiles=quantiles["heads"],
+        neuron_quantiles=quantiles["neurons"], weights=weights if predictor != "static" else {},
     )  # fmt: skip
+    return Calibration(**fields | changes)
 
 
 @pytest.fixture(scope="session")

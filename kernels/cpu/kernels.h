@@ -545,5 +545,5 @@ void norm(const Norm& p) {
 #include "select.h"
 
 constexpr Table table(const char* name) {
-  return {name, project, out_proj, mlp, attention, norm, select};
+  return {name, project, out_proj, mlp, attention, norm, select, select_above};
 }

@@ -1,6 +1,6 @@
 // The arguments of every op, as structs of plain pointers, and the table that each instruction set
 // fills. Matrices are row-major; shape letters as in the Python files. The launchers pack OutProj,
-// Mlp, Attention, Norm and Select field by field: a change here is a change there, and of the number
+// Mlp, Attention, Norm, Select and SelectAbove field by field: a change here is a change there, and of the number
 // that shadowc_abi() returns.
 #pragma once
 #include <cstdint>
@@ -97,6 +97,14 @@ struct Select {
   int local, threads;
 };
 
+// The same from thresholds [L].
+struct SelectAbove {
+  const float *scores, *threshold;
+  int32_t *index, *count;
+  int64_t B, L, N;
+  int threads;
+};
+
 struct Table {
   const char* name;
   void (*project)(const Project&);
@@ -105,6 +113,7 @@ struct Table {
   void (*attention)(const Attention&);
   void (*norm)(const Norm&);
   void (*select)(const Select&);
+  void (*select_above)(const SelectAbove&);
 };
 
 extern const Table kGeneric;

@@ -125,3 +125,25 @@ void select(const Select& p) {
     });
   }
 }
+
+// Kept units from the front on, the others from the back: no branch, and one pass.
+void select_above(const SelectAbove& p) {
+  const int64_t rows = p.B * p.L, N = p.N;
+  const int threads = rows * N < 1 << 13 ? 1 : (int)smaller((int64_t)p.threads, rows);
+  Counter next;
+  const auto one_row = [&](int64_t row) {
+    const int64_t b = row / p.L, l = row % p.L;
+    const float* scores = p.scores + row * N;
+    const uint32_t least = key_of(p.threshold[l]);
+    int32_t* index = p.index + (l * p.B + b) * N;
+    int64_t front = 0, back = N - 1;
+    for (int64_t i = 0; i < N; ++i) {  // what is written too much, a later unit writes over
+      const int kept = key_of(scores[i]) > least;
+      index[front] = index[back] = (int32_t)i;
+      front += kept;
+      back -= 1 - kept;
+    }
+    p.count[l * p.B + b] = (int32_t)front;
+  };
+  in_team(threads, [&](const Team&) { for_tasks(&next, rows, one_row); });
+}

@@ -24,10 +24,10 @@ from shadowc.calibration.data import Example
 from shadowc.config import ModelShape
 from shadowc.errors import CalibrationError, UnsupportedModelError
 
-# architecture -> output projections of attention and MLP, and the norm between them
+# architecture -> output projections of attention and MLP, the norm between them, and what reads it
 _SITES = {
-    "opt": ("self_attn.out_proj", "fc2", "final_layer_norm"),
-    "llama": ("self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm"),
+    "opt": ("self_attn.out_proj", "fc2", "final_layer_norm", "fc1"),
+    "llama": ("self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm", "mlp.up_proj"),
 }
 _FP16_SCALE = 2.0**10
 
@@ -41,14 +41,14 @@ class Batch:
     """What one forward and backward gave.
 
     Attributes:
-        feature: fp32 [B, T, C], what the predictor reads (H*D wide for `context`).
+        features: For each tap fp32 [B, T, C], what its predictor reads (H*D wide for `context`).
         counts: bool [B, T], the positions that count.
         heads: For each layer (a, g), fp32 [B, T, H, D].
         neurons: For each layer (a, g), fp32 [B, T, F, 1].
         loss: Mean cross-entropy of the scored tokens.
     """
 
-    feature: Tensor
+    features: list[Tensor]
     counts: Tensor
     heads: list[tuple[Tensor, Tensor]]
     neurons: list[tuple[Tensor, Tensor]]
@@ -61,11 +61,19 @@ class Collector:
     Args:
         model: OPT or Llama, in eval mode.
         shape: Its shape.
-        feature: `residual` (the stream after layer 0's attention, which enters the norm before
-            layer 0's MLP) or `context` (layer 0's attention context before its projection).
+        feature: `residual` (the stream after a layer's attention, which enters the norm before its
+            MLP), `normed` (what leaves that norm) or `context` (the attention's context before its
+            projection).
+        taps: The layers that it is read in.
     """
 
-    def __init__(self, model: PreTrainedModel, shape: ModelShape, feature: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        shape: ModelShape,
+        feature: str,
+        taps: Sequence[int] = (0,),
+    ) -> None:
         """Find the modules to read.
 
         Raises:
@@ -73,41 +81,43 @@ class Collector:
         """
         self.model, self.shape = model, shape
         try:
-            attention, mlp, norm = _SITES[shape.architecture]
+            attention, mlp, norm, first = _SITES[shape.architecture]
             layers = list(model.get_decoder().layers)
             self.heads = [layer.get_submodule(attention) for layer in layers]
             self.neurons = [layer.get_submodule(mlp) for layer in layers]
-            residual = layers[0].get_submodule(norm)
+            site = {"residual": norm, "normed": first, "context": attention}[feature]
+            self.taps = [layers[tap].get_submodule(site) for tap in taps]
         except (KeyError, AttributeError) as error:
             raise UnsupportedModelError(
                 f"cannot calibrate a {type(model).__name__}",
                 expected="decoder layers of " + ", ".join(_SITES),
                 got=error,
             ) from error
-        self.feature = residual if feature == "residual" else self.heads[0]
 
-    def features(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """The feature alone, without running more than it takes.
+    def features(self, examples: Sequence[Example]) -> tuple[list[Tensor], Tensor]:
+        """The features alone, without running more than it takes.
 
         Returns:
-            feature fp32 [B, T, C] and counts bool [B, T].
+            For each tap fp32 [B, T, C], and counts bool [B, T].
         """
         ids, attention, scored = self._pad(examples)
         seen: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.append(args[0])
-            raise _Reached
+            seen.append(args[0].reshape(*ids.shape, -1).float())
+            if len(seen) == len(self.taps):
+                raise _Reached
 
-        handle = self.feature.register_forward_pre_hook(stop)
+        handles = [tap.register_forward_pre_hook(stop) for tap in self.taps]
         try:
             with torch.no_grad():
                 self.model(input_ids=ids, attention_mask=attention, use_cache=False)
         except _Reached:
             pass
         finally:
-            handle.remove()
-        return seen[0].reshape(*ids.shape, -1).float(), _counting(scored)
+            for handle in handles:
+                handle.remove()
+        return seen, _counting(scored)
 
     def run(self, examples: Sequence[Example]) -> Batch:
         """Forward and backward over a batch of examples, padded on the right.
@@ -142,7 +152,7 @@ class Collector:
 
         layers = range(self.shape.layers)
         return Batch(
-            feature=seen[self.feature].detach().float().reshape(*ids.shape, -1),
+            features=[seen[tap].detach().float().reshape(*ids.shape, -1) for tap in self.taps],
             counts=_counting(scored),
             heads=[values(i, self.shape.heads) for i in layers],
             neurons=[values(len(layers) + i, self.shape.ffn) for i in layers],
@@ -162,7 +172,7 @@ class Collector:
 
         embeddings = self.model.get_input_embeddings()
         handles = [embeddings.register_forward_hook(require)]
-        handles += [site.register_forward_pre_hook(record) for site in {*sites, self.feature}]
+        handles += [site.register_forward_pre_hook(record) for site in {*sites, *self.taps}]
         try:
             yield seen
         finally:

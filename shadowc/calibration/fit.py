@@ -5,7 +5,10 @@ it are sums, never scores (P features, U units, of a criterion's score S):
 
     phi^T phi   [P, P]        phi^T sqrt(S)   [P, U]        sum phi, sum S, sum sqrt(S)
 
-The `static` score of a unit is its mean S. The `shadow` predictor regresses sqrt(S): importance per
+Every tap has its own phi; a unit's sums are taken with that of the tap that scores it, so several
+taps need no more memory than one.
+
+The `static` score of a unit is its mean S. A predictor regresses sqrt(S): importance per
 token is heavy-tailed, and the square root, which leaves any token's ranking as it is, keeps a few
 large values from deciding the fit (opt-books-15m, plainact, 50% of both units, global scope:
 perplexity 43.9 instead of 45.4 on held-out text of the same kind, 55 and 172 on other text).
@@ -26,9 +29,9 @@ P = C + M and U = H (L-1) + F L: 43 MB for opt-books-15m, 2.0 GB for OPT-1.3B.
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -36,22 +39,26 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from shadowc.calibration.collect import Batch, Collector
 from shadowc.calibration.criteria import Criterion, Moments, Units, find_criterion
 from shadowc.calibration.data import Example
 from shadowc.calibration.predictor import ShadowPredictor
+from shadowc.calibration.quantiles import QUANTILES, Histogram
 from shadowc.calibration.store import Calibration
-from shadowc.config import FEATURES, PREDICTORS
+from shadowc.config import FEATURES, PREDICTORS, ModelShape, taps_of
 from shadowc.errors import DataError, OptionError
 from shadowc.models import LoadedModel
 from shadowc.versions import versions
 
+#: Rank and random features of each kind of predictor.
+SIZES = {"shadow": (128, 512), "layerwise": (128, 512), "static": (128, 512)}
 EXAMPLES = 32
 SEQ_LEN = 256
 SPARSITIES = (30, 50, 70)
 _HELD_OUT_EVERY = 8
+_TOGETHER = 64  # tokens predicted at once: the scores of one may be megabytes
 _MEASURED_TOKENS = 128  # rank correlation over all units costs milliseconds a token
 
 Site = tuple[str, int]  # (`heads` or `neurons`, layer)
@@ -64,23 +71,25 @@ class FitOptions:
 
     Attributes:
         criteria: Names of the criteria; all are fitted from one pass.
-        predictor: `shadow` or `static`.
-        feature: `residual` or `context`.
-        rank: R of the predictor, what a token pays for.
-        random_features: M of the predictor.
+        predictor: `shadow`, `layerwise` (a tap at every layer) or `static`.
+        feature: `residual`, `normed` or `context`.
+        rank: R of the predictor, what a token pays for; None: as `SIZES` says.
+        random_features: M of the predictor; None: as `SIZES` says.
         ridge: Strength of the regularisation, in units of P / tokens.
         batch_tokens: Tokens of a forward and backward, about.
         seed: Of the random features and of criteria that draw.
+        every: A tap of `shadow` at every so-manieth layer; None: at layer 0 alone.
     """
 
     criteria: tuple[str, ...] = ("plainact",)
     predictor: str = "shadow"
     feature: str = "residual"
-    rank: int = 128
-    random_features: int = 512
+    rank: int | None = None
+    random_features: int | None = None
     ridge: float = 2.0
     batch_tokens: int = 1024
     seed: int = 0
+    every: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be fitted."""
@@ -90,11 +99,27 @@ class FitOptions:
         ):
             if value not in known:
                 raise OptionError(f"unknown {name} {value!r}", expected=", ".join(known))
-        for name in ("rank", "batch_tokens"):
-            if getattr(self, name) < 1:
+        for name, default in zip(("rank", "random_features"), SIZES[self.predictor], strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        if self.every is not None and self.predictor != "shadow":
+            raise OptionError(
+                "only shadow's taps can be placed",
+                expected="--taps with --predictor shadow",
+                got=f"--predictor {self.predictor}",
+            )
+        for name in ("rank", "batch_tokens", "every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise OptionError(
                     f"{name} is out of range", expected="at least 1", got=getattr(self, name)
                 )
+        if self.feature == "context" and (self.every or self.predictor == "layerwise"):
+            raise OptionError(
+                "the feature context is made for one predictor after layer 0",
+                expected="residual or normed",
+                got="context with several taps",
+            )
         if self.random_features < 0 or not self.ridge > 0:
             raise OptionError(
                 "random_features or ridge is out of range",
@@ -103,6 +128,13 @@ class FitOptions:
             )
         for criterion in self.criteria:
             find_criterion(criterion, predictor=self.predictor)
+
+    def taps(self, layers: int) -> tuple[int, ...]:
+        """The layers in which predictors read, of L; none for `static`."""
+        if self.predictor == "static":
+            return ()
+        every = 1 if self.predictor == "layerwise" else self.every or layers
+        return tuple(range(0, layers, every))
 
 
 def calibrate(
@@ -138,16 +170,18 @@ def calibrate(
     start = time.monotonic()
     training, held_out = _split(examples)
     criteria = [find_criterion(name, predictor=options.predictor) for name in options.criteria]
-    collector = Collector(loaded.model, loaded.shape, options.feature)
+    taps = options.taps(loaded.shape.layers)
+    collector = Collector(loaded.model, loaded.shape, options.feature, taps)
     total = sum(len(example.ids) for example in examples)
     with _progress(total, progress) as advance:
-        features = FeatureSums(_feature_map(collector, training, options))
+        maps = _feature_maps(collector, training, options)
+        features = FeatureSums(loaded.shape, taps, maps)
         scores = [ScoreSums(criterion, options.seed) for criterion in criteria]
         for group in _batches(training, options.batch_tokens):
             batch = collector.run(group)
             phi = features.add(batch)
             for sums in scores:
-                sums.add(batch, phi)
+                sums.add(batch, phi, features.tap_of)
             advance(group, batch.loss)
         fits = [sums.fit(features, options) for sums in scores]
         every = max(1, sum(len(example.ids) for example in held_out) // _MEASURED_TOKENS)
@@ -164,8 +198,9 @@ def calibrate(
             criterion=fit.criterion.name,
             predictor=options.predictor,
             feature=options.feature,
-            rank=len(fit.predictor.encoder_bias) if fit.predictor else 0,
-            random_features=options.random_features if fit.predictor else 0,
+            taps=taps,
+            rank=len(fit.predictors[0].mixer_weight) if taps else 0,
+            random_features=fit.predictors[0].mixer_weight.shape[1] if taps else 0,
             data=data,
             examples=len(examples),
             tokens=features.tokens,
@@ -176,42 +211,90 @@ def calibrate(
             mean_head_scores=fit.mean("heads"),
             mean_neuron_scores=fit.mean("neurons"),
             zero_rate=features.zero_rate(),
-            weights={name: value.cpu() for name, value in fit.predictor.state_dict().items()}
-            if fit.predictor
-            else {},
+            head_quantiles=fit.quantiles("heads"),
+            neuron_quantiles=fit.quantiles("neurons"),
+            weights={
+                f"{predictor.tap.layer}.{name}": value.cpu()
+                for predictor in fit.predictors
+                for name, value in predictor.state_dict().items()
+            },
         )
         for fit in fits
     ]
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Feature -> phi: z = (x - mean) * scale, and relu(weight z + bias) beside it.
+
+    Attributes:
+        mean: fp32 [C].
+        scale: fp32 [C].
+        weight: fp32 [M, C], random.
+        bias: fp32 [M], random.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def expand(self, feature: Tensor) -> Tensor:
+        """Phi, what the ridge regression sees: fp32 [..., C] -> [..., C + M]."""
+        z = (feature - self.mean) * self.scale
+        random = torch.relu(nn.functional.linear(z, self.weight, self.bias))
+        return torch.cat((z, random), dim=-1)
+
+    def fold(self, predictor: ShadowPredictor, encoder: Tensor, bias: Tensor) -> None:
+        """Write code = encoder phi + bias into a predictor, which reads x itself."""
+        width = len(self.mean)
+        weight = torch.cat((self.weight.double(), encoder[:, :width])) * self.scale
+        predictor.first_weight = weight.float()
+        predictor.first_bias = (torch.cat((self.bias, bias)) - weight @ self.mean.double()).float()
+        predictor.mixer_weight = encoder[:, width:].float()
 
 
 class FeatureSums:
     """Sums that every criterion shares.
 
     Args:
-        feature_map: Its `expand` gives phi; None if no predictor is fitted.
+        shape: The model's shape.
+        taps: Layers whose predictors are fitted; none for `static`.
+        maps: For each tap what gives its phi.
     """
 
-    def __init__(self, feature_map: ShadowPredictor | None) -> None:
+    def __init__(
+        self, shape: ModelShape, taps: Sequence[int], maps: Sequence[FeatureMap]
+    ) -> None:
         """Start from nothing."""
-        self.map = feature_map
+        self.shape, self.maps = shape, maps
+        self.taps = taps_of(shape.layers, taps) if taps else ()
         self.tokens = 0
-        self.gram: dict[str, Tensor] = {}
+        self.gram: dict[tuple[str, int], Tensor] = {}
         self.gradient_square: dict[Site, Tensor] = {}
         self.zeros: dict[int, Tensor] = {}
+        #: Which tap scores the units of a site; nobody scores layer 0's heads, which always run.
+        self.tap_of = {
+            (kind, layer): index
+            for index, tap in enumerate(self.taps)
+            for kind, layers in (("heads", tap.heads), ("neurons", tap.neurons))
+            for layer in layers
+        }
 
-    def add(self, batch: Batch) -> Tensor | None:
-        """Add a batch; returns its phi, fp32 [B, T, P], zero where nothing counts; or None."""
+    def add(self, batch: Batch) -> list[Tensor]:
+        """Add a batch; returns each tap's phi, fp32 [B, T, P], zero where nothing counts."""
         self.tokens += int(batch.counts.sum())
         for site, a, g in _sites(batch):
             _add(self.gradient_square, site, _sum(batch, g.square().sum(dim=-1)))
             if site[0] == "neurons":
                 _add(self.zeros, site[1], _sum(batch, (a == 0).float().squeeze(-1)))
-        if self.map is None:
-            return None
-        phi = self.map.expand(batch.feature) * batch.counts[..., None]
-        _add(self.gram, "square", torch.einsum("btp,btq->pq", phi, phi).double())
-        _add(self.gram, "sum", _sum(batch, phi))
-        return phi
+        found = []
+        for tap, (feature_map, feature) in enumerate(zip(self.maps, batch.features, strict=True)):
+            phi = feature_map.expand(feature) * batch.counts[..., None]
+            _add(self.gram, ("square", tap), torch.einsum("btp,btq->pq", phi, phi).double())
+            _add(self.gram, ("sum", tap), _sum(batch, phi))
+            found.append(phi)
+        return found
 
     def zero_rate(self) -> Tensor:
         """Share of tokens whose activation is exactly zero, fp32 [L, F]."""
@@ -230,19 +313,20 @@ class ScoreSums:
         self.roots: dict[Site, Tensor] = {}
         self.products: dict[Site, Tensor] = {}
 
-    def add(self, batch: Batch, phi: Tensor | None) -> None:
-        """Add a batch whose features are `phi`."""
+    def add(self, batch: Batch, phi: Sequence[Tensor], tap_of: Mapping[Site, int]) -> None:
+        """Add a batch whose features are `phi`, a tap each."""
         for site, a, g in _sites(batch):
             units = Units(*site, a, g, self.generator)
             scores = self.criterion.score(units)
             _add(self.scores, site, _sum(batch, scores))
-            if phi is not None and site != ("heads", 0):  # layer 0's heads always run
+            if site in tap_of:
                 roots = scores.sqrt()
                 _add(self.roots, site, _sum(batch, roots))
-                _add(self.products, site, torch.einsum("btp,btu->pu", phi, roots))
+                product = torch.einsum("btp,btu->pu", phi[tap_of[site]], roots)
+                _add(self.products, site, product)
 
     def fit(self, features: FeatureSums, options: FitOptions) -> Fit:
-        """Mean scores and, if there are features, the predictor."""
+        """Mean scores and each tap's predictor."""
         factors, means = {}, {}
         for site, total in self.scores.items():
             moments = Moments((features.gradient_square[site] / features.tokens).float())
@@ -250,39 +334,44 @@ class ScoreSums:
             mean = (total / features.tokens).float() * known
             scale = mean.mean().clamp(min=1e-30) ** -self.criterion.balance
             factors[site], means[site] = torch.ones_like(mean) * known * scale, mean * scale
-        predictor = None if features.map is None else self._regress(features, options, factors)
-        return Fit(self.criterion, factors, means, predictor, self.generator)
+        predictors = [
+            self._regress(index, features, options, factors) for index in range(len(features.taps))
+        ]
+        return Fit(self.criterion, factors, means, predictors, self.generator)
 
     def _regress(
-        self, features: FeatureSums, options: FitOptions, factors: dict[Site, Tensor]
+        self, index: int, features: FeatureSums, options: FitOptions, factors: dict[Site, Tensor]
     ) -> ShadowPredictor:
-        """Reduced-rank ridge regression of sqrt(S) on phi."""
-        n, mean = features.tokens, features.gram["sum"] / features.tokens
-        gram = features.gram["square"] / n - mean[:, None] * mean
+        """A tap's reduced-rank ridge regression of sqrt(S) on phi."""
+        n, mean = features.tokens, features.gram["sum", index] / features.tokens
+        gram = features.gram["square", index] / n - mean[:, None] * mean
         size = len(gram)
         gram.diagonal().add_(options.ridge * size / n * gram.diagonal().mean())
         energy = torch.zeros_like(gram)
         biases: dict[Site, Tensor] = {}
-        for site, product in self.products.items():  # in place: they are what fills the memory
-            root = factors[site].sqrt()
+        sites = [site for site in self.products if features.tap_of[site] == index]
+        for site in sites:  # in place: they are what fills the memory
+            product, root = self.products[site], factors[site].sqrt()
             biases[site] = (self.roots[site] / n).float() * root
             product.div_(n).mul_(root).addr_(mean.float(), biases[site], alpha=-1.0)
             energy += (product @ product.T).double()
         identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
         inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), identity, upper=False)
         directions = torch.linalg.eigh(inverse @ energy @ inverse.T).eigenvectors
+        assert options.rank is not None
         encoder = directions[:, -min(options.rank, size) :].T @ inverse  # [R, P]
 
-        assert features.map is not None
-        predictor = copy.deepcopy(features.map)
-        predictor.encoder_weight = encoder.float()
-        predictor.encoder_bias = -(encoder @ mean).float()
+        known, tap = features.maps[index], features.taps[index]
+        rank, (random, width) = len(encoder), known.weight.shape
+        predictor = ShadowPredictor(features.shape, rank, random, width, tap).to(mean.device)
+        known.fold(predictor, encoder, -(encoder @ mean))
         for kind in ("heads", "neurons"):
-            sites = [site for site in self.products if site[0] == kind]
-            weights = [self.products[site].T @ predictor.encoder_weight.T for site in sites]
-            setattr(predictor, f"{kind}_weight", torch.cat(weights))
-            setattr(predictor, f"{kind}_bias", torch.cat([biases[site] for site in sites]))
-        return predictor
+            own = [site for site in sites if site[0] == kind]
+            if own:
+                weights = [self.products[site].T @ encoder.T.float() for site in own]
+                setattr(predictor, f"{kind}_weight", torch.cat(weights))
+                setattr(predictor, f"{kind}_bias", torch.cat([biases[site] for site in own]))
+        return predictor.eval()
 
 
 class Fit:
@@ -293,21 +382,44 @@ class Fit:
         criterion: Criterion,
         factors: dict[Site, Tensor],
         means: dict[Site, Tensor],
-        predictor: ShadowPredictor | None,
+        predictors: Sequence[ShadowPredictor],
         generator: torch.Generator,
     ) -> None:
         """Take the results of `ScoreSums.fit`."""
-        self.criterion, self.predictor = criterion, predictor
+        self.criterion, self.predictors = criterion, predictors
         self._factors, self._means, self._generator = factors, means, generator
         self._measured: dict[str, list[Tensor]] = {}
+        self._predicted: dict[Site, Histogram] = defaultdict(Histogram)
 
     def mean(self, kind: str) -> Tensor:
         """Mean scores of all layers, fp32 [L, H] or [L, F]."""
         layers = sorted(layer for name, layer in self._means if name == kind)
         return torch.stack([self._means[kind, layer] for layer in layers]).cpu()
 
+    def quantiles(self, kind: str) -> Tensor:
+        """Quantiles of the predicted scores of all layers, fp32 [L, Q]; 0 where nobody predicts."""
+        layers = sorted(layer for name, layer in self._means if name == kind)
+        nothing = torch.zeros(QUANTILES)
+        found = {layer: one.quantiles() for (k, layer), one in self._predicted.items() if k == kind}
+        return torch.stack([found.get(layer, nothing) for layer in layers])
+
+    def predict(self, features: Sequence[Tensor]) -> dict[Site, Tensor]:
+        """Scores of all sites but layer 0's heads: features fp32 [N, C] -> [N, U]."""
+        found: dict[Site, Tensor] = {}
+        for predictor, feature in zip(self.predictors, features, strict=True):
+            tap = predictor.tap
+            both = zip(("heads", "neurons"), (tap.heads, tap.neurons), predictor(feature[None]),
+                       strict=True)  # fmt: skip
+            for kind, layers, scores in both:
+                found |= {(kind, layer): scores[0, :, i] for i, layer in enumerate(layers)}
+        return found
+
     def measure(self, batch: Batch, every: int) -> None:
         """Compare predicted and true scores at every so-manieth position that counts."""
+        together = zip(*(f[batch.counts].split(_TOGETHER) for f in batch.features), strict=True)
+        for features in together:  # all positions: thresholds are made of these
+            for site, scores in self.predict(features).items():
+                self._predicted[site].add(scores)
         counted = batch.counts.flatten().nonzero()[::every]
         if not len(counted):
             return
@@ -318,14 +430,13 @@ class Fit:
             scores = self.criterion.score(Units(*site, a, g, self._generator))[rows]
             if site != ("heads", 0):
                 true[site[0]].append(scores * self._factors[site])
-        if self.predictor is None:
-            means = self.mean("heads")[1:], self.mean("neurons")
-            predicted = [mean.expand(len(counted), -1, -1) for mean in means]
-        else:
-            predicted = [scores[0] for scores in self.predictor(batch.feature[rows][None])]
-        for kind, scores in zip(("heads", "neurons"), predicted, strict=True):
+        known = {site: mean.expand(len(counted), -1) for site, mean in self._means.items()}
+        known |= self.predict([feature[rows] for feature in batch.features])
+        for kind in ("heads", "neurons"):
             true_scores = torch.cat(true[kind], dim=1).cpu()
-            for name, values in _agreement(scores.flatten(1).cpu(), true_scores).items():
+            sites = sorted(site for site in known if site[0] == kind and site != ("heads", 0))
+            scores = torch.cat([known[site] for site in sites], dim=1).cpu()
+            for name, values in _agreement(scores, true_scores).items():
                 prefix, _, suffix = name.partition("_")
                 key = "_".join(filter(None, (prefix, kind, suffix)))
                 self._measured.setdefault(key, []).append(values)
@@ -361,29 +472,33 @@ def _centred_ranks(scores: Tensor) -> Tensor:
     return (below + up_to).double() / 2 - scores.shape[1] / 2
 
 
-def _feature_map(
+def _feature_maps(
     collector: Collector, training: Sequence[Example], options: FitOptions
-) -> ShadowPredictor | None:
-    """The predictor's first stage: feature statistics and seeded random features."""
-    if options.predictor == "static":
-        return None
-    sums: dict[str, Tensor] = {}
+) -> list[FeatureMap]:
+    """Each tap's first stage: feature statistics and seeded random features."""
+    if not collector.taps:
+        return []
+    sums: dict[tuple[str, int], Tensor] = {}
+    tokens = 0
     for group in _batches(training, options.batch_tokens):
-        feature, counts = collector.features(group)
-        rows = feature[counts].double()
-        _add(sums, "tokens", torch.tensor(float(len(rows)), device=rows.device))
-        _add(sums, "rows", rows.sum(dim=0))
-        _add(sums, "squares", rows.square().sum(dim=0))
-    mean = sums["rows"] / sums["tokens"]
-    scale = (sums["squares"] / sums["tokens"] - mean.square()).clamp(min=1e-12).rsqrt()
-    width = len(mean)
-    predictor = ShadowPredictor(collector.shape, options.rank, options.random_features, width)
-    predictor.feature_mean, predictor.feature_scale = mean.float(), scale.float()
+        features, counts = collector.features(group)
+        tokens += int(counts.sum())
+        for tap, feature in enumerate(features):
+            rows = feature[counts].double()
+            _add(sums, ("rows", tap), rows.sum(dim=0))
+            _add(sums, ("squares", tap), rows.square().sum(dim=0))
     generator = torch.Generator().manual_seed(options.seed)
-    weight = torch.randn(options.random_features, width, generator=generator) * width**-0.5
-    bias = torch.randn(options.random_features, generator=generator)
-    predictor.features_weight, predictor.features_bias = weight, bias
-    return predictor.to(mean.device).eval()
+    assert options.random_features is not None
+    maps = []
+    for tap in range(len(collector.taps)):
+        mean = sums["rows", tap] / tokens
+        scale = (sums["squares", tap] / tokens - mean.square()).clamp(min=1e-12).rsqrt()
+        size = options.random_features, len(mean)
+        weight = torch.randn(size, generator=generator) * len(mean) ** -0.5
+        bias = torch.randn(options.random_features, generator=generator)
+        device = mean.device
+        maps.append(FeatureMap(mean.float(), scale.float(), weight.to(device), bias.to(device)))
+    return maps
 
 
 def _sites(batch: Batch) -> Iterator[tuple[Site, Tensor, Tensor]]:

@@ -1,16 +1,17 @@
-"""The shadow predictor: one small network after layer 0's attention that scores every unit.
+"""The predictor at one tap: a small network on the residual stream that scores units.
 
-    z      = (feature - mean) * scale                              [B, T, C]
-    phi    = [z, relu(features_weight z + features_bias)]          [B, T, C + M]
-    code   = encoder_weight phi + encoder_bias                     [B, T, R]
+    hidden = first_weight x + first_bias                           [B, T, M + R]
+    code   = hidden[M:] + mixer_weight relu(hidden[:M])            [B, T, R]
     scores = [heads_weight code + heads_bias, neurons_weight code + neurons_bias]
 
-What a token reads is dominated by the output matrices (R x units), so R is small and the M random
-features, which make the map non-linear, are cheap. Codes are centred, so the output biases hold the
-mean scores.
+M random features make the map non-linear; R is the rank of what is linear in them and in x. What a
+token reads is dominated by the output matrices (R x units) and, with a tap at every layer, by the
+first (M + R) x C. The normalisation of x is folded into the first matrix, and codes are centred, so
+the output biases hold the mean scores.
 
-Source: one early predictor for the whole model: ShadowLLM (arXiv 2406.16635); random ReLU features:
-Rahimi and Recht, "Weighted sums of random kitchen sinks" (2008).
+Source: one early predictor for the whole model: ShadowLLM (arXiv 2406.16635); one a layer: DejaVu
+(arXiv 2310.17157); random ReLU features: Rahimi and Recht, "Weighted sums of random kitchen sinks"
+(2008).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from shadowc.config import ModelShape
+from shadowc.config import ModelShape, Tap, taps_of
 
 
 class ShadowPredictor(nn.Module):
-    """Scores of all units of all layers from the feature of the current token.
+    """Scores of the units of a tap's layers from the feature of the current token.
 
     The weights are buffers: they come from a closed-form fit (`fit.py`), never from SGD.
 
@@ -30,34 +31,36 @@ class ShadowPredictor(nn.Module):
         shape: Shape of the model whose units are scored.
         rank: R, width of the code; what a token reads is about R x units.
         random_features: M, random ReLU features beside the linear ones.
-        width: Of the feature: C for `residual` (the default), H*D for `context`.
+        width: Of the feature: C for `residual` (the default) and `normed`, H*D for `context`.
+        tap: The layers that are scored; by default all of them.
     """
 
-    feature_mean: Tensor
-    feature_scale: Tensor
-    features_weight: Tensor
-    features_bias: Tensor
-    encoder_weight: Tensor
-    encoder_bias: Tensor
+    first_weight: Tensor
+    first_bias: Tensor
+    mixer_weight: Tensor
     heads_weight: Tensor
     heads_bias: Tensor
     neurons_weight: Tensor
     neurons_bias: Tensor
 
     def __init__(
-        self, shape: ModelShape, rank: int, random_features: int, width: int | None = None
+        self,
+        shape: ModelShape,
+        rank: int,
+        random_features: int,
+        width: int | None = None,
+        tap: Tap | None = None,
     ) -> None:
         """Make it with zero weights, to be filled by a fit or by `load_state_dict`."""
         super().__init__()
-        c, f = width or shape.hidden, shape.ffn
-        heads, neurons = (shape.layers - 1) * shape.heads, shape.layers * f
+        (whole,) = taps_of(shape.layers, (0,))
+        self.tap = tap or whole
+        self.units = shape.heads, shape.ffn
+        heads, neurons = len(self.tap.heads) * shape.heads, len(self.tap.neurons) * shape.ffn
         sizes = {
-            "feature_mean": (c,),
-            "feature_scale": (c,),
-            "features_weight": (random_features, c),
-            "features_bias": (random_features,),
-            "encoder_weight": (rank, c + random_features),
-            "encoder_bias": (rank,),
+            "first_weight": (random_features + rank, width or shape.hidden),
+            "first_bias": (random_features + rank,),
+            "mixer_weight": (rank, random_features),
             "heads_weight": (heads, rank),
             "heads_bias": (heads,),
             "neurons_weight": (neurons, rank),
@@ -65,20 +68,6 @@ class ShadowPredictor(nn.Module):
         }
         for name, size in sizes.items():
             self.register_buffer(name, torch.zeros(size))
-        self.layers, self.heads, self.ffn = shape.layers, shape.heads, f
-
-    def expand(self, feature: Tensor) -> Tensor:
-        """Phi, what the ridge regression sees.
-
-        Args:
-            feature: fp32 [B, T, C], or any leading dimensions.
-
-        Returns:
-            fp32 [B, T, C + M].
-        """
-        z = (feature - self.feature_mean) * self.feature_scale
-        random = torch.relu(nn.functional.linear(z, self.features_weight, self.features_bias))
-        return torch.cat((z, random), dim=-1)
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Predict in the units in which units are ranked: the larger, the more needed.
@@ -87,14 +76,18 @@ class ShadowPredictor(nn.Module):
             feature: fp32 [B, T, C], of the kind that the calibration names.
 
         Returns:
-            Head scores of layers 1 to L-1 (layer 0's heads always run), fp32 [B, T, L-1, H], and
-            neuron scores of all layers, fp32 [B, T, L, F].
+            Scores of the tap's heads, fp32 [B, T, L', H], and neurons, fp32 [B, T, L'', F].
         """
-        b, t, _ = feature.shape
-        code = nn.functional.linear(self.expand(feature), self.encoder_weight, self.encoder_bias)
-        heads = nn.functional.linear(code, self.heads_weight, self.heads_bias)
-        neurons = nn.functional.linear(code, self.neurons_weight, self.neurons_bias)
-        return (
-            heads.reshape(b, t, self.layers - 1, self.heads),
-            neurons.reshape(b, t, self.layers, self.ffn),
-        )
+        rank, random = self.mixer_weight.shape
+        linear = nn.functional.linear
+        hidden = linear(feature, self.first_weight, self.first_bias)
+        features, code = hidden.split((random, rank), dim=-1)
+        if random:
+            code = code + linear(features.relu(), self.mixer_weight)
+        neurons = linear(code, self.neurons_weight, self.neurons_bias)
+        layers = (len(self.tap.heads), self.units[0]), (len(self.tap.neurons), self.units[1])
+        if self.tap.heads:
+            heads = linear(code, self.heads_weight, self.heads_bias)
+        else:
+            heads = neurons[..., :0]
+        return heads.unflatten(-1, layers[0]), neurons.unflatten(-1, layers[1])

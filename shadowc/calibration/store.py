@@ -16,15 +16,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from shadowc.calibration.predictor import ShadowPredictor
-from shadowc.config import ModelShape
+from shadowc.calibration.quantiles import QUANTILES
+from shadowc.config import ModelShape, taps_of
 from shadowc.directory import atomic_directory, sha256
 from shadowc.errors import CalibrationError
 
-SCHEMA = 1
+SCHEMA = 2
 JSON_FILE = "calibration.json"
 TENSOR_FILE = "calibration.safetensors"
 _PREFIX = "predictor."
-_MEANS = ("mean_head_scores", "mean_neuron_scores", "zero_rate")
+_SIZES = {
+    "mean_head_scores": "heads", "mean_neuron_scores": "ffn", "zero_rate": "ffn",
+    "head_quantiles": None, "neuron_quantiles": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,9 @@ class Calibration:
         model: Where the model came from (name, kind, path, revision, fingerprint).
         shape: Its shape.
         criterion: Name of the criterion.
-        predictor: `shadow` or `static`.
-        feature: `residual` or `context`, what the predictor reads.
+        predictor: `shadow`, `layerwise` or `static`.
+        feature: `residual`, `normed` or `context`, what the predictor reads.
+        taps: The layers that it reads it in; none for `static`.
         rank: R, or 0 for `static`.
         random_features: M, or 0 for `static`.
         data: What it was calibrated on.
@@ -51,7 +56,9 @@ class Calibration:
         mean_head_scores: fp32 [L, H].
         mean_neuron_scores: fp32 [L, F].
         zero_rate: fp32 [L, F], share of tokens whose activation is exactly zero.
-        weights: State of the `ShadowPredictor`; empty for `static`.
+        head_quantiles: fp32 [L, Q], of predicted scores on held-out tokens (0 in layer 0).
+        neuron_quantiles: fp32 [L, Q].
+        weights: State of each tap's `ShadowPredictor`, as `LAYER.NAME`; empty for `static`.
     """
 
     model: dict[str, Any]
@@ -59,6 +66,7 @@ class Calibration:
     criterion: str
     predictor: str
     feature: str
+    taps: tuple[int, ...]
     rank: int
     random_features: int
     data: str
@@ -71,27 +79,38 @@ class Calibration:
     mean_head_scores: Tensor
     mean_neuron_scores: Tensor
     zero_rate: Tensor
+    head_quantiles: Tensor
+    neuron_quantiles: Tensor
     weights: dict[str, Tensor] = field(default_factory=dict)
 
-    def build_predictor(self) -> ShadowPredictor | None:
-        """The predictor with its weights; None for `static`."""
+    @property
+    def width(self) -> int:
+        """Of the feature."""
+        context = self.feature == "context"
+        return self.shape.heads * self.shape.head_dim if context else self.shape.hidden
+
+    def build_predictors(self) -> list[ShadowPredictor]:
+        """The predictor of each tap, with its weights; none for `static`."""
         if self.predictor == "static":
-            return None
-        shape = self.shape
-        width = shape.hidden if self.feature == "residual" else shape.heads * shape.head_dim
-        predictor = ShadowPredictor(shape, self.rank, self.random_features, width)
-        predictor.load_state_dict(self.weights)
-        return predictor.eval()
+            return []
+        made = []
+        for tap in taps_of(self.shape.layers, self.taps):
+            network = ShadowPredictor(self.shape, self.rank, self.random_features, self.width, tap)
+            prefix = f"{tap.layer}."
+            own = {k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)}
+            network.load_state_dict(own)
+            made.append(network.eval())
+        return made
 
     def summary(self) -> dict[str, Any]:
         """Everything but the tensors, as plain JSON values."""
-        names = (item.name for item in fields(self) if item.name not in (*_MEANS, "weights"))
+        names = (item.name for item in fields(self) if item.name not in (*_SIZES, "weights"))
         return {name: getattr(self, name) for name in names} | {"shape": self.shape.to_json()}
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by the names that they have in the file."""
-        means = {name: getattr(self, name) for name in _MEANS}
-        return means | {_PREFIX + name: value for name, value in self.weights.items()}
+        own = {name: getattr(self, name) for name in _SIZES}
+        return own | {_PREFIX + name: value for name, value in self.weights.items()}
 
 
 def save_calibration(calibration: Calibration, directory: str | Path) -> Path:
@@ -141,9 +160,10 @@ def load_calibration(directory: str | Path) -> Calibration:
             size = f"{entry['bytes']} bytes with sha256 {entry['sha256']}"
             raise _damaged(tensor_path, size, f"{len(payload)} bytes, or another hash")
         tensors = safetensors.torch.load(payload)
-        means = {name: tensors.pop(name) for name in _MEANS}
+        own = {name: tensors.pop(name) for name in _SIZES}
         weights = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
-        header |= {"shape": ModelShape(**header["shape"]), "weights": weights, **means}
+        header |= {"shape": ModelShape(**header["shape"]), "taps": tuple(header["taps"])}
+        header |= {"weights": weights, **own}
         calibration = Calibration(**header)
         _check_shapes(calibration)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
@@ -154,12 +174,11 @@ def load_calibration(directory: str | Path) -> Calibration:
 def _check_shapes(calibration: Calibration) -> None:
     """Raise unless every tensor has the size that the model's shape gives it."""
     shape = calibration.shape
-    for name in _MEANS:
-        units = shape.heads if name == "mean_head_scores" else shape.ffn
-        got = getattr(calibration, name).shape
-        if got != (shape.layers, units):
-            raise ValueError(f"{name} is {tuple(got)}, not {(shape.layers, units)}")
-    calibration.build_predictor()
+    for name, units in _SIZES.items():
+        expected = shape.layers, getattr(shape, units) if units else QUANTILES
+        if (got := getattr(calibration, name).shape) != expected:
+            raise ValueError(f"{name} is {tuple(got)}, not {expected}")
+    calibration.build_predictors()
 
 
 def _read(path: Path) -> bytes:

@@ -11,6 +11,8 @@ from shadowc.passes.manager import eliminate_dead_code
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
 
+select = torch.ops.aten.select.int
+
 
 def mask_source(tokens: int, *, prompt: int, refresh: int) -> Tensor:
     """For every token, the token whose mask a decoder would run it with.
@@ -76,14 +78,16 @@ def with_given_masks(program: Program) -> Program:
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     (returned,) = program.graph.output_node().args
-    _, head, neuron = returned
+    _, *stacked = returned  # one mask a layer
     placeholders = program.graph.find_nodes(op="placeholder")
     for node in placeholders:
         values[node] = graph.node_copy(node, lambda n: values[n])
-    given = {
-        node: graph.placeholder(name)
-        for node, name in ((head, "head_mask"), (neuron, "neuron_mask"))
-    }
+    given = {}
+    for node, name in zip(stacked, ("head_mask", "neuron_mask"), strict=True):
+        given[node] = graph.placeholder(name)
+    for node in stacked:
+        for layer, mask in enumerate(node.args[0]):
+            given[mask] = graph.call_function(select, (given[node], 2, layer))
     for node in program.graph.nodes:
         if node.op == "call_function":
             values[node] = given.get(node) or graph.node_copy(node, lambda n: values[n])

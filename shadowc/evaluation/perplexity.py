@@ -7,14 +7,15 @@
     oracle     the true scores of each token, from its own gradients: what a perfect predictor gives
 
 All run the same program on the same weights and are scored on the same tokens; only the masks
-differ.
+differ. Masks that are not the artifact's own rank the whole model by the nominal budget; an artifact
+that selects by threshold may run a little more or less, which stands beside it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from shadowc.artifact import Artifact
 from shadowc.calibration.data import Question, encode_answer, load_questions
+from shadowc.config import taps_of
 from shadowc.errors import OptionError
 from shadowc.evaluation.masks import mask_source, teacher_forced, with_given_masks
 from shadowc.evaluation.oracle import true_scores
@@ -29,6 +31,7 @@ from shadowc.evaluation.sources import as_loaded, held_out, original
 from shadowc.passes.insert_predictor import MaskMaker, StaticScores
 from shadowc.runtime.loading import load
 from shadowc.runtime.session import Session
+from shadowc.selection import top_k
 from shadowc.versions import versions
 
 if TYPE_CHECKING:
@@ -229,9 +232,11 @@ def _masks(
 ) -> tuple[Tensor, Tensor]:
     batch, tokens = ids.shape
     source = mask_source(tokens, prompt=prompt, refresh=session.policy.refresh)
-    maker = MaskMaker(predictor, session.shape, session.policy)
+    shape, exact = session.shape, replace(session.policy, selection="topk")
+    (whole,) = taps_of(shape.layers, (0,))
+    maker = MaskMaker(predictor, *top_k(shape, exact, whole))
     _, _, heads, neurons = maker(torch.empty(batch, tokens, 1), source.expand(batch, -1))
-    return heads, neurons
+    return torch.cat((torch.ones_like(heads[:, :, :1]), heads), dim=2), neurons
 
 
 def evaluate_artifact(
