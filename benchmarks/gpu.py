@@ -40,6 +40,7 @@ from transformers import GenerationConfig
 
 from shadowc import cuda
 from shadowc.calibration.predictor import ShadowPredictor
+from shadowc.calibration.quantiles import QUANTILES
 from shadowc.calibration.store import Calibration
 from shadowc.compiler import build_programs
 from shadowc.config import ModelShape, Policy
@@ -88,16 +89,15 @@ def random_calibration(shape: ModelShape, rank: int) -> Calibration:
     generator = torch.Generator().manual_seed(0)
     network = ShadowPredictor(shape, rank, 512)
     for name, buffer in network.named_buffers():
-        if name == "feature_scale":
-            buffer.fill_(1.0)
-        elif buffer.dim() > 1:
+        if buffer.dim() > 1:
             buffer.normal_(0, buffer.shape[1] ** -0.5, generator=generator)
-    zeros = torch.zeros(shape.layers, shape.ffn)
+    zeros, none = torch.zeros(shape.layers, shape.ffn), torch.zeros(shape.layers, QUANTILES)
     return Calibration(
         model={}, shape=shape, criterion="random", predictor="shadow", feature="residual",
-        rank=rank, random_features=512, data="none", examples=0, tokens=0, seq_len=0, seed=0,
-        metrics={}, versions={}, mean_head_scores=torch.zeros(shape.layers, shape.heads),
-        mean_neuron_scores=zeros, zero_rate=zeros, weights=dict(network.state_dict()),
+        taps=(0,), rank=rank, random_features=512, data="none", examples=0, tokens=0, seq_len=0,
+        seed=0, metrics={}, versions={}, mean_head_scores=torch.zeros(shape.layers, shape.heads),
+        mean_neuron_scores=zeros, zero_rate=zeros, head_quantiles=none, neuron_quantiles=none,
+        weights={f"0.{name}": value for name, value in network.state_dict().items()},
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def select_reference(scores: Tensor, keep: int, floor: int, local: bool) -> Tens
     scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     free = torch.ones_like(scores, dtype=torch.bool)
     if local:
-        each, more = divmod(keep, layers)
+        each, more = divmod(keep, max(1, layers))
         first = _best(scores[..., :more, :], free[..., :more, :], each + 1) if more else None
         rest = _best(scores[..., more:, :], free[..., more:, :], each)
         return rest if first is None else torch.cat((first, rest), -2)

@@ -195,6 +195,7 @@ def _insert(
     graph, tap = module.graph, masks.tap
     home = f"{PREFIX}.{tap.layer}"
     nodes: dict[fx.Node, fx.Node] = {}
+    constants: dict[str, fx.Node] = {}
     returned: tuple[fx.Node, ...] = ()
     with graph.inserting_after(source):
         anchor = graph.call_function(aten.alias.default, (source,))
@@ -208,7 +209,7 @@ def _insert(
             elif node.op == "get_attr":
                 name = f"{home}.{str(node.target).removeprefix(f'{PREFIX}.')}"
                 _adopt(module, name, masks.graph.get_buffer(str(node.target)))
-                nodes[node] = graph.get_attr(name)
+                nodes[node] = constants[name] = graph.get_attr(name)
             else:
                 nodes[node] = graph.node_copy(node, lambda n: nodes[n])
                 if node.target is aten.sym_size.int:
@@ -219,9 +220,7 @@ def _insert(
         ):
             if not layers:
                 continue
-            threshold = None
-            if not isinstance(selection, TopK):
-                threshold = graph.get_attr(f"{home}.{kind}_threshold")
+            threshold = constants.get(f"{home}.{kind}_threshold")
             keep.choices.append(Choice(kind, layers, nodes[score], selection, threshold))
             for i, layer in enumerate(layers):
                 one = graph.call_function(aten.select.int, (nodes[mask], 2, i))

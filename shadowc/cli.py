@@ -163,7 +163,12 @@ def calibrate(
     criterion: Annotated[str, typer.Option(help="See: shadowc criteria.")] = "plainact",
     predictor: Annotated[str, typer.Option(help=" | ".join(config.PREDICTORS))] = "shadow",
     feature: Annotated[str, typer.Option(help=" | ".join(config.FEATURES))] = "residual",
-    rank: Annotated[int, typer.Option(help="Width of the predictor.")] = 128,
+    taps: Annotated[
+        int | None, typer.Option(help="A predictor at every so-manieth layer (default: one).")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Width of a predictor (default: as its kind needs).")
+    ] = None,
     data: Data = "pydoc",
     examples: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
@@ -183,9 +188,9 @@ def calibrate(
         from shadowc.directory import check_target
         from shadowc.models import load_model, slug
 
-        options = FitOptions((criterion,), predictor, feature, rank=rank, seed=seed)
-        name = [slug(model), criterion] + ["static"] * (predictor == "static")
-        target = output or CALIBRATIONS / "-".join(name)
+        options = FitOptions((criterion,), predictor, feature, rank=rank, seed=seed, every=taps)
+        kind = [f"taps{taps}"] if taps else [predictor] * (predictor != "shadow")
+        target = output or CALIBRATIONS / "-".join([slug(model), criterion, *kind])
         check_target(target, marker=JSON_FILE, error=CalibrationError)
         loaded = load_model(model)
         windows = calibration_examples(loaded, data, examples, seq_len, seed)
@@ -225,6 +230,10 @@ def compile_(
     ] = "units",
     scope: Annotated[str, typer.Option(help=" | ".join(config.SCOPES))] = "global",
     refresh: Annotated[str, typer.Option(help="New masks each: token | prompt | n")] = "token",
+    selection: Annotated[
+        str | None,
+        typer.Option(help=" | ".join(config.SELECTIONS) + " (default: topk with one predictor)."),
+    ] = None,
     predictor: Annotated[
         str | None, typer.Option(help="static: use the mean scores instead of the predictor.")
     ] = None,
@@ -249,6 +258,7 @@ def compile_(
     policy = _policy(sparsity, head_sparsity, neuron_sparsity, budget, scope, refresh)
     _choice("dtype", dtype, ("auto", *DTYPES))
     _choice("predictor", predictor or "static", ("static",))
+    _choice("selection", selection or "topk", config.SELECTIONS)
     batches = _batch_sizes(batch_sizes)
     with _busy("loading"):
         from shadowc import budget as budgets
@@ -257,6 +267,7 @@ def compile_(
         from shadowc.calibration.store import load_calibration
         from shadowc.directory import check_target
         from shadowc.models import load_model, slug
+        from shadowc.selection import default_selection
 
         targets.load_target(target)
         dense = policy.head_sparsity == policy.neuron_sparsity == 0 and budget == "units"
@@ -267,15 +278,19 @@ def compile_(
             if calibration is None:
                 err.print(f"using {path}, the newest calibration here")
         if chosen is not None and predictor == "static":
-            chosen = replace(chosen, predictor="static", rank=0, random_features=0, weights={})
+            chosen = chosen.static()
+        if chosen is not None:
+            usual = default_selection(len(chosen.taps))
+            policy = replace(policy, selection=selection or usual)
         name = model or (chosen.model["name"] if chosen else "")
         if chosen is not None and budget == "bytes":
             policy = budgets.allot(chosen, policy.head_sparsity, policy)
         if output is None:
             parts = [slug(name)]
             if chosen is not None and not dense:
-                parts += [chosen.criterion] + ["static"] * (chosen.predictor == "static")
+                parts += [chosen.criterion, *chosen.kind]
             parts += _policy_name(policy, budget, sparsity)
+            parts += [policy.selection] * (selection is not None and not dense)
             output = ARTIFACTS / "-".join([*parts, target])
         check_target(output, marker=MANIFEST, error=ArtifactError)
         loaded = load_model(name)

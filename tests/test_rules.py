@@ -22,6 +22,7 @@ from shadowc import native
 from shadowc.calibration.collect import Collector
 from shadowc.calibration.data import Example
 from shadowc.compiler import compile_model
+from shadowc.budget import predictor_elements
 from shadowc.config import Policy
 from shadowc.errors import ArtifactError, KernelError, OptionError
 from shadowc.evaluation import bench
@@ -32,10 +33,27 @@ from shadowc.kernels.select import select_reference
 from shadowc.runtime.loading import load_session
 from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
+from shadowc.selection import TopK, selections
 from shadowc.targets import load_target
 
 HALF = Policy(0.4, 0.5, min_neurons=2)
+ABOVE = dataclasses.replace(HALF, selection="threshold")
 PROMPT = 4
+#: Where predictors are and how they choose.
+PLACES = {
+    "one": ((0,), HALF),
+    "one, threshold": ((0,), ABOVE),
+    "two, threshold": ((0, 2), ABOVE),
+    "all, threshold": ((0, 1, 2), ABOVE),
+    "all, local": ((0, 1, 2), dataclasses.replace(HALF, scope="local")),
+    "all, normed": ((0, 1, 2), ABOVE),
+}
+
+
+def at(tiny, place):
+    """The model with predictors at that place, and the policy that goes with them."""
+    taps, policy = PLACES[place]
+    return tiny.with_taps(taps, "normed" if "normed" in place else "residual"), policy
 
 
 def decode(session, ids, prompt=PROMPT):
@@ -103,22 +121,42 @@ def test_rule_1_a_zero_head_mask_is_a_zeroed_context_slice(tiny):
 
 
 @pytest.mark.parametrize("refresh", [1, 3, 0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rules_1_and_2_decoding_equals_teacher_forcing(tiny, refresh, dtype):
+@pytest.mark.parametrize(
+    "place, dtype", [("one", torch.bfloat16), *((place, torch.float32) for place in PLACES)]
+)
+def test_rules_1_and_2_decoding_equals_teacher_forcing(tiny, place, refresh, dtype):
     """Same tokens, same masks: lowered == masked, token by token, for every refresh mode."""
-    policy = dataclasses.replace(HALF, refresh=refresh)
+    tiny, policy = at(tiny, place)
+    policy = dataclasses.replace(policy, refresh=refresh)
     session, ids = tiny.session(policy, dtype=dtype), tiny.ids(batch=1)
     logits, keeps, _, _ = decode(session, ids)
     taught = teacher_forced(session, ids, prompt=PROMPT)
     heads, neurons = masks_of(keeps, tiny.shape, PROMPT)
     assert torch.equal(heads, taught["head_mask"])
     assert torch.equal(neurons, taught["neuron_mask"])
+    for mask in (heads[:, PROMPT:, 1:], neurons[:, PROMPT:]):
+        assert 0.2 < mask.float().mean() < 0.8
     torch.testing.assert_close(logits, taught["logits"][:, PROMPT:], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_rule_1_sparsity_0_is_dense(tiny, place):
+    """Also through masks: thresholds of a budget of everything keep everything."""
+    tiny, policy = at(tiny, place)
+    policy = dataclasses.replace(policy, head_sparsity=0.0, neuron_sparsity=0.0)
+    ids = tiny.ids()
+    logits, heads, neurons = tiny.graph("masked", policy)(
+        *tiny.inputs(ids), torch.arange(ids.shape[1]).expand(2, -1)
+    )
+    assert heads.all() and neurons.all()
+    torch.testing.assert_close(logits, tiny.loaded.model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("refresh", [1, 3, 0])
-def test_rule_2_a_later_token_changes_no_earlier_mask(tiny, refresh):
-    session = tiny.session(dataclasses.replace(HALF, refresh=refresh))
+@pytest.mark.parametrize("place", ["one", "two, threshold", "all, threshold", "all, local"])
+def test_rule_2_a_later_token_changes_no_earlier_mask(tiny, place, refresh):
+    tiny, policy = at(tiny, place)
+    session = tiny.session(dataclasses.replace(policy, refresh=refresh))
     ids = tiny.ids()
     changed = ids.clone()
     changed[:, 8:] = tiny.ids(seed=9)[:, 8:]
@@ -142,8 +180,8 @@ def test_rule_4_layer_0_is_dense_and_no_layer_is_emptied(tiny):
     """Scores that would empty a layer meet the stated minimum, masked and lowered."""
     calibration = tiny.calibration
     weights = {k: v.clone() for k, v in calibration.weights.items()}
-    weights["heads_bias"][: tiny.shape.heads] = -1e6  # layer 1's heads come last in any ranking
-    weights["neurons_bias"][: tiny.shape.ffn] = -1e6  # and layer 0's neurons
+    weights["0.heads_bias"][: tiny.shape.heads] = -1e6  # layer 1's heads come last in any ranking
+    weights["0.neurons_bias"][: tiny.shape.ffn] = -1e6  # and layer 0's neurons
     starved = dataclasses.replace(calibration, weights=weights)
     session, ids = tiny.session(HALF, calibration=starved), tiny.ids(batch=1)
     taught = teacher_forced(session, ids, prompt=PROMPT)
@@ -158,26 +196,42 @@ def test_rule_4_layer_0_is_dense_and_no_layer_is_emptied(tiny):
         assert (neurons[:, :, 0].sum(-1) == HALF.min_neurons).all()
 
 
-def test_rule_5_the_artifact_computes_the_calibrated_scores(tiny):
-    """The masks of the artifact are those of the predictor on the feature that calibration sees."""
-    scale = torch.linspace(0.5, 2.0, tiny.shape.hidden)
-    weights = tiny.calibration.weights | {"feature_scale": scale}
-    calibration = dataclasses.replace(tiny.calibration, weights=weights)
-    session, ids = tiny.session(HALF, calibration=calibration), tiny.ids()
-    collector = Collector(tiny.loaded.model, tiny.shape, calibration.feature)
-    feature, _ = collector.features([Example(row, [True] * len(row)) for row in ids.tolist()])
-    heads, neurons = calibration.build_predictor()(feature)
-    policy, shape = session.policy, tiny.shape
-    result = teacher_forced(session, ids)
-    # Token 0 is the prompt. The feature comes before every mask, so it is the same at all others.
-    expected = select_reference(heads, policy.heads_kept(shape), policy.min_heads, False)
-    assert torch.equal(result["head_mask"][:, 1:, 1:], expected[:, 1:])
-    expected = select_reference(neurons, policy.neurons_kept(shape), policy.min_neurons, False)
-    assert torch.equal(result["neuron_mask"][:, 1:], expected[:, 1:])
+@pytest.mark.parametrize("place", PLACES)
+def test_rule_5_the_artifact_computes_the_calibrated_scores(tiny, place):
+    """The masks of the artifact are those of the predictors on what calibration sees."""
+    tiny, policy = at(tiny, place)
+    session, ids, calibration = tiny.session(policy), tiny.ids(), tiny.calibration
+    collector = Collector(tiny.loaded.model, tiny.shape, calibration.feature, calibration.taps)
+    features, _ = collector.features([Example(row, [True] * len(row)) for row in ids.tolist()])
+    # The prompt runs dense, so its last token's features, and those of tap 0 at the first token
+    # after it, are what calibration saw. The others follow from masks that are checked elsewhere.
+    prompt = ids.shape[1] - 1
+    held = dataclasses.replace(policy, refresh=0)
+    result = teacher_forced(tiny.session(held), ids, prompt=prompt)
+    maker = zip(features, calibration.build_predictors(), selections(calibration, policy),
+                strict=True)  # fmt: skip
+    for feature, predictor, (tap, *chosen) in maker:
+        kinds = zip(("head", "neuron"), (tap.heads, tap.neurons), predictor(feature), chosen,
+                    strict=True)  # fmt: skip
+        for kind, layers, scores, how in kinds:
+            expected = select(scores, how)
+            assert torch.equal(result[f"{kind}_mask"][:, -1, list(layers)], expected[:, -2])
+            if tap.layer == 0:
+                every = teacher_forced(session, ids)[f"{kind}_mask"][:, 1, list(layers)]
+                assert torch.equal(every, expected[:, 1])
 
 
-def test_rule_6_reported_sparsity_is_what_ran(tiny):
-    session, ids = tiny.session(HALF), tiny.ids(batch=1)
+def select(scores, how):
+    """Masks [B, T, L', N] by the definitions."""
+    if isinstance(how, TopK):
+        return select_reference(scores, how.keep, how.floor, how.local)
+    return scores > how[:, None]
+
+
+@pytest.mark.parametrize("place", ["one", "two, threshold", "all, threshold"])
+def test_rule_6_reported_sparsity_is_what_ran(tiny, place):
+    tiny, policy = at(tiny, place)
+    session, ids = tiny.session(policy), tiny.ids(batch=1)
     _, keeps, results, _ = decode(session, ids)
     usage = Usage.of(session)
     for result in results:
@@ -187,8 +241,9 @@ def test_rule_6_reported_sparsity_is_what_ran(tiny):
     assert usage.neuron_sparsity == pytest.approx(1 - neurons.mean().item())
     # What was asked for counts all heads, those of layer 0 as run; the error is half a head.
     all_heads = tiny.shape.heads * tiny.shape.layers
-    assert usage.head_sparsity == pytest.approx(HALF.head_sparsity, abs=0.501 / all_heads)
-    assert usage.neuron_sparsity == pytest.approx(HALF.neuron_sparsity)
+    if policy.selection == "topk":
+        assert usage.head_sparsity == pytest.approx(HALF.head_sparsity, abs=0.501 / all_heads)
+        assert usage.neuron_sparsity == pytest.approx(HALF.neuron_sparsity)
     assert usage.to_json()["heads_by_layer"] == pytest.approx(
         heads.sum(-1).mean(0).tolist(), abs=0.01
     )
@@ -207,6 +262,8 @@ def test_rule_6_reported_sparsity_is_what_ran(tiny):
         if name.startswith("predictor.")
     )
     assert usage.predictor_bytes == predictor > 0
+    matrices = 4 * predictor_elements(tiny.calibration, heads=True, neurons=True)
+    assert 0 < predictor - matrices < 0.1 * predictor  # biases and thresholds
 
 
 def test_rule_7_quality_and_speed_run_the_same_masks(tiny, tmp_path, monkeypatch):
@@ -259,17 +316,21 @@ _SYNCS = (
 )
 
 
-def test_rule_8_a_decode_step_has_no_host_synchronisation(tiny):
-    session = tiny.session(HALF)
+@pytest.mark.parametrize("place", ["one", "all, threshold"])
+def test_rule_8_a_decode_step_has_no_host_synchronisation(tiny, place):
+    tiny, policy = at(tiny, place)
+    session = tiny.session(policy)
     for name in ("decode", "dense"):
         targets = {str(n.target) for n in session.programs[name].graph.nodes}
         assert not [t for t in targets if any(f".{sync}." in t for sync in _SYNCS)], name
         assert not [t for t in targets if "sym_size" in t and name == "decode" and "mask" in t]
 
 
-def test_rule_8_a_decode_step_reads_no_value_on_the_host(tiny, monkeypatch):
+@pytest.mark.parametrize("place", ["one", "all, threshold"])
+def test_rule_8_a_decode_step_reads_no_value_on_the_host(tiny, place, monkeypatch):
     """As above for what the operators do in Python."""
-    session, ids = tiny.session(HALF), tiny.ids()
+    tiny, policy = at(tiny, place)
+    session, ids = tiny.session(policy), tiny.ids()
     cache = session.new_cache(*ids.shape)
     session.step(ids[:, :PROMPT], cache)
 
@@ -285,15 +346,19 @@ def test_rule_8_a_decode_step_reads_no_value_on_the_host(tiny, monkeypatch):
     assert cache.length == PROMPT + 2
 
 
-def test_rule_8_zero_kept_heads_are_legal(tiny):
-    """A ragged budget may leave a layer without any head; lowered and masked still agree."""
-    policy = Policy(0.5, 0.5, min_heads=0, min_neurons=0)
+@pytest.mark.parametrize("place", ["one", "all, threshold"])
+def test_rule_8_zero_kept_units_are_legal(tiny, place):
+    """A ragged budget may leave a layer without any unit; lowered and masked still agree."""
+    tiny, policy = at(tiny, place)
+    policy = dataclasses.replace(policy, min_heads=0, min_neurons=0)
     weights = {k: v.clone() for k, v in tiny.calibration.weights.items()}
-    weights["heads_bias"][: tiny.shape.heads] = -1e6
+    weights["0.heads_bias"][: tiny.shape.heads] = -1e6
+    weights["0.neurons_bias"][: tiny.shape.ffn] = -1e6
     starved = dataclasses.replace(tiny.calibration, weights=weights)
     session, ids = tiny.session(policy, calibration=starved), tiny.ids(batch=1)
     logits, keeps, _, _ = decode(session, ids)
     assert all(int(k["head_count"][0, 0]) == 0 for k in keeps)
+    assert all(int(k["neuron_count"][0, 0]) == 0 for k in keeps)
     taught = teacher_forced(session, ids, prompt=PROMPT)["logits"][:, PROMPT:]
     torch.testing.assert_close(logits, taught, atol=1e-3, rtol=1e-3)
 

@@ -99,9 +99,6 @@ class FitOptions:
         ):
             if value not in known:
                 raise OptionError(f"unknown {name} {value!r}", expected=", ".join(known))
-        for name, default in zip(("rank", "random_features"), SIZES[self.predictor], strict=True):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
         if self.every is not None and self.predictor != "shadow":
             raise OptionError(
                 "only shadow's taps can be placed",
@@ -111,23 +108,30 @@ class FitOptions:
         for name in ("rank", "batch_tokens", "every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise OptionError(
-                    f"{name} is out of range", expected="at least 1", got=getattr(self, name)
-                )
+                raise OptionError(f"{name} is out of range", expected="at least 1", got=value)
         if self.feature == "context" and (self.every or self.predictor == "layerwise"):
             raise OptionError(
                 "the feature context is made for one predictor after layer 0",
                 expected="residual or normed",
                 got="context with several taps",
             )
-        if self.random_features < 0 or not self.ridge > 0:
+        if self.size[1] < 0 or not self.ridge > 0:
             raise OptionError(
                 "random_features or ridge is out of range",
                 expected="random_features >= 0 and ridge > 0",
-                got=(self.random_features, self.ridge),
+                got=(self.size[1], self.ridge),
             )
         for criterion in self.criteria:
             find_criterion(criterion, predictor=self.predictor)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """R and M."""
+        rank, random_features = SIZES[self.predictor]
+        return (
+            rank if self.rank is None else self.rank,
+            random_features if self.random_features is None else self.random_features,
+        )
 
     def taps(self, layers: int) -> tuple[int, ...]:
         """The layers in which predictors read, of L; none for `static`."""
@@ -358,8 +362,7 @@ class ScoreSums:
         identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
         inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), identity, upper=False)
         directions = torch.linalg.eigh(inverse @ energy @ inverse.T).eigenvectors
-        assert options.rank is not None
-        encoder = directions[:, -min(options.rank, size) :].T @ inverse  # [R, P]
+        encoder = directions[:, -min(options.size[0], size) :].T @ inverse  # [R, P]
 
         known, tap = features.maps[index], features.taps[index]
         rank, (random, width) = len(encoder), known.weight.shape
@@ -488,14 +491,12 @@ def _feature_maps(
             _add(sums, ("rows", tap), rows.sum(dim=0))
             _add(sums, ("squares", tap), rows.square().sum(dim=0))
     generator = torch.Generator().manual_seed(options.seed)
-    assert options.random_features is not None
-    maps = []
+    maps, random = [], options.size[1]
     for tap in range(len(collector.taps)):
         mean = sums["rows", tap] / tokens
         scale = (sums["squares", tap] / tokens - mean.square()).clamp(min=1e-12).rsqrt()
-        size = options.random_features, len(mean)
-        weight = torch.randn(size, generator=generator) * len(mean) ** -0.5
-        bias = torch.randn(options.random_features, generator=generator)
+        weight = torch.randn(random, len(mean), generator=generator) * len(mean) ** -0.5
+        bias = torch.randn(random, generator=generator)
         device = mean.device
         maps.append(FeatureMap(mean.float(), scale.float(), weight.to(device), bias.to(device)))
     return maps

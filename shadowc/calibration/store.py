@@ -7,7 +7,7 @@ them, then the shapes, before anything is used.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,18 @@ class Calibration:
         """Of the feature."""
         context = self.feature == "context"
         return self.shape.heads * self.shape.head_dim if context else self.shape.hidden
+
+    @property
+    def kind(self) -> list[str]:
+        """What tells it from a calibration with one predictor, as a part of a name."""
+        several = [f"taps{self.taps[1]}"] if len(self.taps) > 1 else []
+        return several if self.predictor == "shadow" else [self.predictor]
+
+    def static(self) -> Calibration:
+        """The same mean scores without a predictor."""
+        return replace(
+            self, predictor="static", taps=(), rank=0, random_features=0, weights={}
+        )
 
     def build_predictors(self) -> list[ShadowPredictor]:
         """The predictor of each tap, with its weights; none for `static`."""

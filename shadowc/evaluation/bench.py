@@ -255,8 +255,8 @@ def selection_ms(session: Session, prompt: Tensor, text: Tensor) -> float | None
 class _SelectionTimer(Program):
     """A program that runs node by node and adds up the time of those that choose units.
 
-    Those are the operators between a weight of the predictor and `select`, and what merely takes
-    their results apart.
+    Those are the operators between a weight of a predictor and the selection, and what merely takes
+    their results apart or joins them.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -311,14 +311,18 @@ class _SelectionTimer(Program):
         return run
 
     def _choosing(self) -> set[fx.Node]:
-        select = torch.ops.shadowc.select.default
+        ops = torch.ops.shadowc
         placeholders = self.graph.find_nodes(op="placeholder")
         scoring = {
             node
             for name, node in zip(self.weights, placeholders, strict=False)
             if name.startswith("predictor.")
         }
-        selects = self.graph.find_nodes(op="call_function", target=select)
+        selects = {
+            node
+            for op in (ops.select.default, ops.select_above.default)
+            for node in self.graph.find_nodes(op="call_function", target=op)
+        }
         needed = set(selects)
         for node in reversed(list(self.graph.nodes)):
             if node in needed:
@@ -328,10 +332,12 @@ class _SelectionTimer(Program):
             if node.op != "call_function":
                 continue
             inputs = node.all_input_nodes
-            predicts = node in needed and any(i in scoring or i in chosen for i in inputs)
+            predicts = node in needed and any(i in scoring for i in inputs)
             unpacks = bool(inputs) and all(i in chosen for i in inputs)
             if predicts or (unpacks and getattr(node.target, "namespace", "") != "shadowc"):
                 chosen.add(node)
+            if predicts and node not in selects:  # what runs by a selection predicts nothing
+                scoring.add(node)
         return chosen
 
 

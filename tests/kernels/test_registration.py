@@ -14,6 +14,7 @@ import shadowc.kernels.rms_norm
 import shadowc.kernels.scale
 import shadowc.kernels.scaled_out_proj
 import shadowc.kernels.select
+import shadowc.kernels.select_above
 import shadowc.kernels.sparse_gated_mlp
 import shadowc.kernels.sparse_mlp
 import shadowc.kernels.sparse_out_proj
@@ -43,6 +44,7 @@ def calls() -> dict[str, tuple[object, ...]]:
         "sparse_mlp": (x, tall, wide, tall, bias, x, "relu", True, *neurons),
         "sparse_gated_mlp": (x, tall, tall, tall, x, "silu", False, *neurons),
         "select": (torch.randn(2, 3, 8), 9, 1, False),
+        "select_above": (torch.randn(2, 3, 8), torch.randn(3)),
         "compact": (torch.rand(2, 8) < 0.5,),
         "scale": (x, bias),
         "norm_linear": (*layer, tall, wide, wide),

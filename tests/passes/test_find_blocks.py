@@ -22,7 +22,7 @@ def test_finds_every_block(tiny):
         assert (mlp.gate is None) == (not tiny.shape.gated)
         assert mlp.activation == tiny.shape.activation
         assert mlp.hidden.meta["val"].shape[-1] == tiny.shape.ffn
-    assert blocks.residual.target is aten.add.Tensor
+    assert all(blocks.residual(layer).target is aten.add.Tensor for layer in range(3))
 
 
 def test_does_not_rely_on_names(tiny):

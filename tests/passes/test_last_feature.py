@@ -17,24 +17,30 @@ from shadowc.passes.manager import eliminate_dead_code, run_passes
 
 aten = torch.ops.aten
 POLICY = Policy(0.4, 0.5, min_neurons=2)
+ABOVE = Policy(0.4, 0.5, min_neurons=2, selection="threshold")
 
 
 def scores_of(module, tiny, ids):
-    """Head and neuron scores in place of the graph's results: masks no longer fit all tokens."""
+    """All scores in place of the graph's results: masks no longer fit all tokens."""
     keep = blocks_of(module).keep
-    module.graph.output_node().args = ((keep.head_scores, keep.neuron_scores),)
+    module.graph.output_node().args = (tuple(choice.scores for choice in keep.choices),)
     eliminate_dead_code(module.graph)
     module.recompile()
     return module(*tiny.inputs(ids), torch.zeros(ids.shape, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("feature", ["residual", "context"])
-def test_scores_are_those_of_the_last_token(tiny, feature):
-    ids = tiny.ids()
+TAPS = [(0,), (0, 2), (0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    "feature, taps", [("context", (0,)), *(("residual", t) for t in TAPS), ("normed", TAPS[2])]
+)
+def test_scores_are_those_of_the_last_token(tiny, feature, taps):
+    ids, tiny = tiny.ids(), tiny.with_taps(taps)
     found = []
     for passes in ((), (last_feature,)):
         module = tiny.graph("find_blocks")
-        masks = tiny.masks(POLICY)
+        masks = tiny.masks(ABOVE)
         run_passes(module, (partial(insert_predictor, masks=masks, feature=feature), *passes))
         found.append(scores_of(module, tiny, ids))
     for every, last in zip(*found, strict=True):
@@ -44,13 +50,14 @@ def test_scores_are_those_of_the_last_token(tiny, feature):
 
 
 @pytest.mark.parametrize("core", [False, True])
-def test_a_prompt_gives_the_same_keep_sets(tiny, core):
-    ids, shape = tiny.ids(), tiny.shape
+@pytest.mark.parametrize("policy, taps", [(POLICY, (0,)), *((ABOVE, t) for t in TAPS)])
+def test_a_prompt_gives_the_same_keep_sets(tiny, core, policy, taps):
+    ids, shape, tiny = tiny.ids(), tiny.shape, tiny.with_taps(taps)
     attention = partial(fuse_sparse_attention, core=core)
     results = []
     for passes in ((), (last_feature,)):
-        module = tiny.graph("insert_predictor")
-        compact = partial(compact_masks, policy=POLICY)
+        module = tiny.graph("insert_predictor", policy)
+        compact = partial(compact_masks, policy=policy)
         run_passes(module, (attention, last_logits, *passes, compact))
         size = (2, shape.kv_heads, 12, shape.head_dim)
         caches = [torch.zeros(size) for _ in range(2 * shape.layers)]
@@ -62,16 +69,19 @@ def test_a_prompt_gives_the_same_keep_sets(tiny, core):
     torch.testing.assert_close(results[0]["logits"], results[1]["logits"])
 
 
-def test_one_slice_and_a_second_run_changes_nothing(tiny):
-    module = tiny.graph("insert_predictor")
-    readers = list(blocks_of(module).keep.readers)
-    assert readers
+@pytest.mark.parametrize("taps", TAPS)
+def test_one_slice_a_tap_and_a_second_run_changes_nothing(tiny, taps):
+    module = tiny.with_taps(taps).graph("insert_predictor", ABOVE)
+    every = list(blocks_of(module).keep.readers)
+    assert len(every) == len(taps) and all(every)
     before = len(module.graph.find_nodes(op="call_function", target=aten.slice.Tensor))
     assert last_feature(module)
     slices = module.graph.find_nodes(op="call_function", target=aten.slice.Tensor)
-    assert len(slices) == before + 1
-    (last,) = {n for node in readers for n in node.all_input_nodes if n.op != "get_attr"}
-    assert last in slices and last.args[1:] == (1, -1)
+    assert len(slices) == before + len(taps)
+    for readers in every:
+        (wide,) = {n for node in readers for n in node.all_input_nodes if n.op != "get_attr"}
+        assert wide.target is aten.to.dtype and wide.args[1] is torch.float32
+        assert wide.args[0] in slices and wide.args[0].args[1:] == (1, -1)
     assert not last_feature(module)
     module.graph.lint()
 
