@@ -123,7 +123,9 @@ def thresholds(quantiles: Tensor, units: int, keep: int, floor: int, local: bool
         share = ((threshold[:, None] - low) / (up - low).clamp(min=1e-300)).clamp(0, 1)
         return units * (1.0 - (high - 1 + share)[:, 0] / last)
 
-    if local or not layers:
+    if keep == layers * units:  # also of scores lower than any before
+        return torch.full((layers,), -torch.inf)
+    if local:
         return above(torch.tensor(shares(keep, layers))).float()
     most = above(torch.full((layers,), floor))
     lower, upper = q.min() - 1.0, q.max()
