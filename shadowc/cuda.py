@@ -62,8 +62,6 @@ class Profile:
         measured: What was measured on it.
         matches: Words of which one is in the device's name, as the CUDA driver tells it.
         project_rows: Rows of a first projection that a program works on at a time.
-        mlp_rows: Neurons that a program works on at a time.
-        mlp_programs: Programs a multiprocessor that share the neurons.
         finish_columns: Columns of a program that adds up partial sums.
         attention_splits: Programs that share the cache of one head.
         attention_slots: Slots of the cache that a program reads at a time.
@@ -78,8 +76,6 @@ class Profile:
     measured: str
     matches: tuple[str, ...]
     project_rows: int = 4
-    mlp_rows: int = 4
-    mlp_programs: int = 3
     finish_columns: int = 16
     attention_splits: int = 4
     attention_slots: int = 64

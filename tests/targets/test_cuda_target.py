@@ -60,6 +60,7 @@ PROGRAMS = {
 }
 BATCHED = {"project_rows_kernel", "out_proj_rows_kernel", "hidden_kernel", "weigh_kernel"}
 ALONE = {"project_kernel", "qkv_kernel", "out_proj_kernel", "mlp_kernel"}
+CHOOSING = {"small_kernel", "fence_kernel"}
 ALWAYS = {"scale_kernel", "attention_kernel", "finish_kernel"}
 
 
@@ -203,9 +204,9 @@ def test_record_finds_the_kernels_of_all_steps(tiny, name):
     session = lowered(tiny, name)
     predicted = name in ("token", "every 3")
     one, two = record(session, 1), record(session, 2)
-    assert names(one) == ALWAYS | ALONE | ({"small_kernel"} if predicted else set())
-    union = {"mark_kernel", "union_kernel"} if name != "dense" else set()
-    assert names(two) == ALWAYS | BATCHED | union | ({"small_kernel"} if predicted else set())
+    assert names(one) == ALWAYS | ALONE | (CHOOSING if predicted else set())
+    marks = {"mark_kernel"} if name != "dense" else set()
+    assert names(two) == ALWAYS | BATCHED | marks | (CHOOSING if predicted else set())
     for spec, _ in one.values():
         if spec.name in ("attention_kernel", "mlp_kernel"):
             kinds = {kind for _, kind in spec.signature}
@@ -339,9 +340,10 @@ def artifact(compiled):
 
 
 def test_every_kernel_compiles_for_every_architecture(compiled):
-    every = ALWAYS | ALONE | BATCHED | {"mark_kernel", "union_kernel", "small_kernel"}
+    every = ALWAYS | ALONE | BATCHED | {"mark_kernel"} | CHOOSING
     for target in ("a100", "l4", "h100"):
-        assert {name for where, name in compiled[1] if where == target} == every
+        fences = set() if target == "h100" else {"fence_kernel"}  # where no kernel starts early
+        assert {name for where, name in compiled[1] if where == target} == every - fences
 
 
 @pytest.fixture

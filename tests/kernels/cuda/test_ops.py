@@ -463,23 +463,20 @@ def test_nan_of_one_row_stays_there(share):
 
 @interpreted
 @pytest.mark.parametrize("share", ["zero", "one", "half", "all"])
-@pytest.mark.parametrize("units", [1, 17, 130])
-def test_union(share, units):
+@pytest.mark.parametrize("units", [1, 17, 1030])
+def test_keep_sets_become_masks(share, units):
     keep = keep_set(share, 3, units)
-    index, count, mask = batch_kernels.union(*keep)
     wanted = native.keep_mask(*keep, units)
-    assert torch.equal(mask, wanted.to(torch.int8))
-    assert index[: int(count)].tolist() == wanted.any(0).nonzero().flatten().tolist()
+    assert torch.equal(batch_kernels.masks(*keep), wanted.to(torch.int8))
 
 
 @interpreted
-def test_union_with_a_row_that_pads_the_batch():
+def test_mask_of_a_row_that_pads_the_batch():
     """Such a row keeps none; its index names every unit all the same."""
     index, count = keep_set("half", 2, 20)
     index[1], count[1] = torch.arange(20), 0
-    every, size, mask = batch_kernels.union(index, count)
+    mask = batch_kernels.masks(index, count)
     assert torch.equal(mask, native.keep_mask(index, count, 20).to(torch.int8))
-    assert torch.equal(every[: int(size)], index[0, : int(count[0])])
 
 
 # --- Linear and RMS norm -------------------------------------------------------------------------
