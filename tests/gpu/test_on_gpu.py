@@ -13,7 +13,7 @@ from shadowc.calibration.data import calibration_examples
 from shadowc.calibration.fit import FitOptions, calibrate
 from shadowc.compiler import build_programs, compile_model
 from shadowc.config import Policy
-from shadowc.errors import KernelError
+from shadowc.errors import KernelError, ModelError
 from shadowc.evaluation.masks import teacher_forced, with_given_masks
 from shadowc.evaluation.numerics import masks_of
 from shadowc.kernels import norm_linear, norm_mlp, norm_qkv, scale, scaled_out_proj
@@ -129,17 +129,35 @@ def test_select(size):
             assert torch.equal(got, mask)
 
 
-@pytest.fixture(scope="module")
-def books():
-    loaded = load_model("opt-books-15m")
+@pytest.fixture(scope="module", params=["opt-books-15m", "smollm2-135m"])
+def trained(request):
+    """A trained model, its calibration, 272 tokens, and what half precision costs transformers."""
+    try:
+        loaded = load_model(request.param)
+    except ModelError as error:
+        pytest.skip(str(error))
     windows = calibration_examples(loaded, "pydoc", 8, 272, 0)
     (found,) = calibrate(loaded, windows, FitOptions(("plainact",)))
-    return loaded, found, windows
+    ids = torch.tensor([windows[0].ids[:272]])
+    half = load_model(request.param, dtype=torch.float16).model.cuda()
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exact, rounded = (
+            model(input_ids=ids.to(model.device)).logits[:, 16:].float().cpu()
+            for model in (loaded.model, half)
+        )
+    return loaded, found, ids, rounded, apart(rounded, exact)
+
+
+def apart(got, want):
+    """Relative distance (norm)."""
+    return float((got - want).norm() / want.norm())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.7])
-def test_decode_agrees_with_masked_over_256_tokens(books, share):
-    loaded, found, windows = books
+def test_decode_agrees_with_masked_over_256_tokens(trained, share):
+    """The masked program computes in float32, so steps may differ by what half precision costs."""
+    loaded, found, ids, rounded, cost = trained
     policy = Policy(share, share)
     traced = trace(loaded.model).module(check_guards=False)
     built = build_programs(
@@ -150,7 +168,6 @@ def test_decode_agrees_with_masked_over_256_tokens(books, share):
         Session(loaded.shape, policy, built.programs, built.packed, built.keep, 272,
                 built.predictor_bytes), (1,), HERE,
     )  # fmt: skip
-    ids = torch.tensor([windows[0].ids[:272]])
     cache = session.new_cache(1)
     session.step(ids[:, :16], cache)
     logits, keeps = [], []
@@ -166,17 +183,22 @@ def test_decode_agrees_with_masked_over_256_tokens(books, share):
         assert wrong <= 5e-3 * (masks[0].numel() + masks[1].numel())
         session = session.with_program("given_masks", with_given_masks(session.programs["masked"]))
     want = teacher_forced(session, ids, prompt=16, masks=masks)["logits"][:, 16:]
-    assert (decoded - want).abs().max() <= 1e-2 * want.abs().max()
+    assert apart(decoded, want) <= 2 * cost
     if not share:
-        eager = load_model("opt-books-15m", dtype=torch.float16).model.cuda()
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            theirs = eager(input_ids=ids.cuda()).logits[:, 16:].float().cpu()
-        assert (decoded - theirs).abs().max() <= 1e-2 * theirs.abs().max()
+        assert apart(decoded, rounded) <= 2 * cost
+
+
+@pytest.fixture(scope="module")
+def books():
+    loaded = load_model("opt-books-15m")
+    (found,) = calibrate(
+        loaded, calibration_examples(loaded, "pydoc", 8, 64, 0), FitOptions(("plainact",))
+    )
+    return loaded, found
 
 
 def test_an_artifact_runs_with_the_kernels_it_holds(books, tmp_path):
-    loaded, found, _ = books
+    loaded, found = books
     made = compile_model(
         loaded, found, Policy(0.5, 0.5), tmp_path / "own", target=HERE, dtype=torch.float16,
         max_seq_len=128, batch_sizes=(1, 2),
@@ -192,7 +214,7 @@ def test_an_artifact_runs_with_the_kernels_it_holds(books, tmp_path):
 
 
 def test_another_gpu_is_refused(books, tmp_path):
-    loaded, found, _ = books
+    loaded, found = books
     other = next(name for name in TARGETS if name not in ("cpu", HERE))
     made = compile_model(
         loaded, None, Policy(0.0, 0.0), tmp_path / "other", target=other, dtype=torch.float16,
