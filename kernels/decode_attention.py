@@ -5,13 +5,13 @@
     ctx[b, t, h] = sum_s softmax_s(scale * q'[b, t, h] . k_cache[b, g, s]) v_cache[b, g, s]
                    over slots start[b] <= s <= position + t, g = h // (H / G), kept heads h, else 0
 
-q [B, T, H*D], k and v [B, T, G*D] or both None (the cache holds them: see `lazy_qkv`), cos and sin
-[B, T, D] float32 or None; k_cache, v_cache [B', G,
-S, D] with B' >= B, updated in place; start int64 [B], the row's first valid slot (left padding);
-position int64 [1]; index int32 [B, H] ascending, of which the first count[b] (int32 [B]) count;
-both None = all heads. Caches are float32 on a CPU and have the type of q on CUDA. D is a multiple
-of 8, up to 256. -> ctx [B, T, H*D] in the type of q, zeros also for tokens before their row's
-start. One token runs in a kernel of ours; a prompt runs as torch's own attention.
+q [B, T, H*D], k and v [B, T, G*D] or both None (the cache has them already: see `lazy_qkv`), cos
+and sin [B, T, D] float32 or None; k_cache, v_cache [B', G, S, D] with B' >= B, updated in place;
+start int64 [B], the row's first valid slot (left padding); position int64 [1]; index int32 [B, H]
+ascending, of which the first count[b] (int32 [B]) count; both None = all heads. Caches are float32
+on a CPU and have the type of q on CUDA. D is a multiple of 8, up to 256. -> ctx [B, T, H*D] in the
+type of q, zeros also for tokens before their row's start. One token runs in a kernel of ours; a
+prompt, and on a CPU a token without k and v, runs as torch's own attention.
 
 Source: Su et al. 2021, "RoFormer" (rotary, in the rotate-half form of Llama).
 """
@@ -201,7 +201,8 @@ def _decode_attention_cuda(
     from shadowc.kernels.cuda.attention import attention
 
     return attention(
-        q[:, 0], *(x if x is None else x[:, 0] for x in (k, v, cos, sin)),
+        q[:, 0], None if k is None else k[:, 0], None if v is None else v[:, 0],
+        None if cos is None else cos[:, 0], None if sin is None else sin[:, 0],
         k_cache, v_cache, start, position, scale, index, count,
     )[:, None]  # fmt: skip
 

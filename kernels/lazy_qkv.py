@@ -6,7 +6,7 @@
     g is needed if one of its query heads is kept, or if due = W: the window forgets one then
     cache[g, first .. p] = rotary(norm(x) wk^T + bk), norm(x) wv^T + bv of these tokens  if needed
     filled[(p + 1) & 1, g] = p + 1 if needed, else first
-    computed[g] = due if needed, else 0
+    computed[0, g] = due if needed, else 0
 
 A norm is linear but for mean and std (see `norm_linear`), so that what a layer's projections read
 of a token is `scaled` and two numbers; W = 16 of them are kept. What a head's keys and values come
@@ -18,7 +18,7 @@ scaled [1, 1, C], stats, norm, eps, the matrices, head_dim, index and count as i
 one row; position int64 [1], the slot p of the token; cos and sin float32 [1, 1, D] or None; window
 [W, C] in the type of scaled; moments float32 [W, 2]; filled int32 [2, G]; turns float32 [2, W, D],
 or None without rotary (layers may share it); caches as in `decode_attention`, whose row 0 is
-written. -> q [1, 1, H*D] in the type of scaled, computed int32 [G].
+written. -> q [1, 1, H*D] in the type of scaled, computed int32 [1, G].
 
 `catch_up` computes what all heads lack up to token `position`, the last one in the window, and
 leaves `filled` to its caller.
@@ -42,6 +42,10 @@ WINDOW = 16
 """W: tokens whose inputs are kept; as many as tensor cores multiply at once."""
 
 _NORM_QKV = 16  # arguments that are those of norm_qkv
+
+
+Matrix = tuple[Tensor, Tensor | None, Tensor | None]
+"""Weight, gain and shift."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class LazyQkv(NormQkv):
     def of(arguments: Sequence[Any]) -> LazyQkv:
         """From the op's arguments, in order."""
         position, cos, sin, *rest = arguments[_NORM_QKV:]
-        return LazyQkv(*arguments[:_NORM_QKV], cos, sin, Lazy(position, *rest))
+        return LazyQkv(*(*arguments[:_NORM_QKV], cos, sin, Lazy(position, *rest)))
 
     def check(self) -> None:
         """Raise KernelError unless they fit together."""
@@ -108,7 +112,7 @@ class LazyQkv(NormQkv):
     def new_results(self) -> tuple[Tensor, Tensor]:
         """q and computed, not yet written."""
         q = self.scaled.new_empty(1, 1, self.wq.shape[0])
-        return q, self.lazy.filled.new_empty(self.lazy.groups)
+        return q, self.lazy.filled.new_empty(1, self.lazy.groups)
 
 
 def lazy_qkv_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -122,15 +126,15 @@ def lazy_qkv_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     kept = keep_mask(a.index, a.count, heads)
     if kept is not None:
         q = q.where(kept.repeat_interleave(a.head_dim, 1)[:, None], 0.0)
-    computed = torch.zeros_like(lazy.filled[0])
+    computed = torch.zeros_like(lazy.filled[:1])
     for group in range(lazy.groups):
         first = min(int(lazy.filled[position & 1, group]), position)
         due = position + 1 - first
         own = slice(group * heads // lazy.groups, (group + 1) * heads // lazy.groups)
-        needed = kept is None or bool(kept[0, own].any()) or due == WINDOW
+        needed = kept is None or bool(kept[0, own].any()) or due >= WINDOW
         if needed:
             _fill(lazy, a.matrices[1:], group, first, position)
-            computed[group] = due
+            computed[0, group] = due
         lazy.filled[(position + 1) & 1, group] = position + 1 if needed else first
     return q, computed
 
@@ -157,7 +161,7 @@ def _remember(a: LazyQkv, slot: int) -> None:
 
 def _fill(
     lazy: Lazy,
-    matrices: Sequence[tuple[Tensor, Tensor | None, Tensor | None]],
+    matrices: Sequence[Matrix],
     group: int,
     first: int,
     last: int,
@@ -184,11 +188,10 @@ def _fill(
     lazy.v_cache[0, group, first : last + 1] = value.to(lazy.v_cache.dtype)
 
 
-def _parts(
-    arguments: Sequence[Any],
-) -> tuple[list[tuple[Tensor, Tensor | None, Tensor | None]], Lazy]:
+def _parts(arguments: Sequence[Any]) -> tuple[tuple[Matrix, Matrix], Lazy]:
     """Matrices of keys and values, and what waits, of the arguments of `catch_up`."""
-    return [tuple(arguments[:3]), tuple(arguments[3:6])], Lazy(*arguments[6:])  # type: ignore[list-item]
+    wk, gk, sk, wv, gv, sv, *rest = arguments
+    return ((wk, gk, sk), (wv, gv, sv)), Lazy(*rest)
 
 
 def _lazy_qkv(*arguments: Any) -> tuple[Tensor, Tensor]:

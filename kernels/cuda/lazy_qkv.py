@@ -17,7 +17,7 @@ from torch import Tensor
 from shadowc.cuda import launch, profile
 from shadowc.kernels.cuda.blocks import ask_row, dots, follow, moments, normalise
 from shadowc.kernels.cuda.project import ask_first, stretch, tile_width
-from shadowc.kernels.lazy_qkv import WINDOW, Lazy, LazyQkv
+from shadowc.kernels.lazy_qkv import WINDOW, Lazy, LazyQkv, Matrix
 
 ROWS = 16
 """Rows of a program that catches up: the fewest that tensor cores take."""
@@ -190,7 +190,7 @@ def lazy_qkv_kernel(
         due = position + 1 - first
         needed = 1
         if index_ptr is not None:
-            needed = tl.maximum(is_kept(head, index_ptr, count_ptr, H, G), (due == W).to(tl.int32))
+            needed = tl.maximum(is_kept(head, index_ptr, count_ptr, H, G), (due >= W).to(tl.int32))
         notes = (values == 0) & (part == 0)
         if (needed == 0) & (notes == 0):
             return
@@ -295,7 +295,7 @@ def lazy_qkv(a: LazyQkv, q: Tensor, computed: Tensor) -> None:
     )  # fmt: skip
 
 
-def catch_up(matrices: Sequence[tuple[Tensor, Tensor | None, Tensor | None]], lazy: Lazy) -> None:
+def catch_up(matrices: Sequence[Matrix], lazy: Lazy) -> None:
     """Write what the caches' row 0 lacks of the tokens in the window."""
     gain = matrices[0][1]
     launch(

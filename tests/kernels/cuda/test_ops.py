@@ -396,16 +396,16 @@ def test_lazy_qkv(width, heads, groups, dim, parts, dtype, rotary, steps):
         decode_attention._decode_attention_cuda(
             torch.zeros(1, 1, groups * dim, dtype=dtype), keys, values, *turned, *whole, *rest
         )
-        given_to = lambda k, v: (*head, *q, *k, *v, dim, *keep, position, *turned)  # noqa: E731
-        want = lazy_qkv.lazy_qkv_reference(*given_to(k, v), *theirs)
+        rest = (dim, *keep, position, *turned)
+        want = lazy_qkv.lazy_qkv_reference(*head, *q, *k, *v, *rest, *theirs)
         idle = (want[1] == 0).repeat_interleave(dim)
         bad = [(w[0].masked_fill(idle[:, None], torch.nan), *w[1:]) for w in (k, v)]
         for _ in range(1 + (step % 9 == 8)):  # a step may be repeated: graphs are warmed up
-            got = lazy_qkv._lazy_qkv_cuda(*given_to(*bad), *mine)
+            got = lazy_qkv._lazy_qkv_cuda(*head, *q, *bad[0], *bad[1], *rest, *mine)
         where = mask.repeat_interleave(dim, 1)[:, None]
         agree(got[0].where(where, 0.0), want[0])
         assert torch.equal(got[1], want[1]) and torch.equal(mine[2], theirs[2])
-        seen |= set(got[1].tolist())
+        seen |= set(got[1].flatten().tolist())
         longest = max(longest, int(got[1].max()))
         for group in mask[0].view(groups, -1).any(1).nonzero().flatten():
             for cache, other in zip(mine[-2:], whole, strict=True):
