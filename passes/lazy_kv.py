@@ -2,13 +2,13 @@
 
     q, k, v = norm_qkv(scaled, stats, .., index, count)
     ctx     = decode_attention(q, k, v, cos, sin, caches, .., index, count)
-        ->  q, computed = lazy_qkv(scaled, stats, .., index, count, position, cos, sin, state, caches)
+        ->  q, computed = lazy_qkv(scaled, stats, .., position, cos, sin, state, caches)
             ctx         = decode_attention(q, None, None, cos, sin, caches, .., index, count)
 
-For steps of one token of one row. Layers that keep all heads stay as they are. The others get state
-as inputs in front of the caches, `window_l`, `moments_l`, `filled_l` and for all layers together
-`turns` (see `lazy_qkv`); and the graph also returns `computed_l`, the tokens of each head whose keys
-and values layer l computed.
+For steps of one token of one row. Layers that keep all heads stay as they are. The others get
+state as inputs in front of the caches, `window_l`, `moments_l`, `filled_l` and for all layers
+together `turns` (see `lazy_qkv`); and the graph also returns `computed_l`, the tokens of each head
+whose keys and values layer l computed.
 """
 
 from __future__ import annotations

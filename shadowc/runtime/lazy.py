@@ -1,8 +1,8 @@
 """Lazy keys and values: what a row remembers of its last tokens, and who fills the cache.
 
-A lazy program leaves keys and values of skipped heads to later (see the op `lazy_qkv`); every other
-program expects a complete cache. So a cache that changes from one kind to the other is told where it
-stands, or completed.
+A lazy program leaves keys and values of skipped heads to later (see the op `lazy_qkv`); every
+other program expects a complete cache. So when a cache changes from one kind to the other, the
+state is told how far the cache is complete, or the cache is completed.
 """
 
 from __future__ import annotations
