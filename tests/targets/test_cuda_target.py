@@ -215,9 +215,10 @@ def test_record_finds_the_kernels_of_all_steps(tiny, name):
             assert "*fp16" in kinds and "*bf16" not in kinds
 
 
-def test_recording_is_the_same_every_time(tiny):
+@pytest.mark.parametrize("lazy", [False, True])
+def test_recording_is_the_same_every_time(tiny, lazy):
     """Also for the programs and tensors that a file gives back: serving finds what was compiled."""
-    session = lowered(tiny, "every 3")
+    session = lowered(tiny, "every 3", lazy=lazy)
     before = {batch: list(record(session, batch)) for batch in (1, 2, 3)}
     session.programs = {
         name: Program.from_json(json.loads(json.dumps(program.to_json())))
