@@ -19,8 +19,8 @@ from shadowc.kernels.cuda.blocks import ask_row, dots, follow, moments, normalis
 from shadowc.kernels.cuda.project import ask_first, stretch, tile_width
 from shadowc.kernels.lazy_qkv import WINDOW, Lazy, LazyQkv, Matrix
 
-ROWS = 16
-"""Rows of a program that catches up: the fewest that tensor cores take."""
+ROWS = 8
+"""Rows of a program that catches up: the fewest that tensor cores take, for these end last."""
 
 COLUMNS, STAGES = 256, 4
 """Columns that it multiplies at a time, a quarter by each of its warps; how far it reads ahead."""
@@ -40,9 +40,9 @@ def rows_in_head(part, N: tl.constexpr, D: tl.constexpr, TURNED: tl.constexpr):
 
 @triton.jit
 def partners(y, N: tl.constexpr, T: tl.constexpr):
-    """What rotary adds to y [N, T], times sin: minus the second half, then the first."""
-    first, second = tl.split(tl.permute(tl.reshape(y, [2, N // 2, T]), [1, 2, 0]))
-    return tl.reshape(tl.permute(tl.join(-second, first), [2, 0, 1]), [N, T])
+    """What rotary adds to y [T, N], times sin: minus the second half, then the first."""
+    first, second = tl.split(tl.permute(tl.reshape(y, [T, 2, N // 2]), [0, 2, 1]))
+    return tl.reshape(tl.permute(tl.join(-second, first), [0, 2, 1]), [T, N])
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def one_token(
     y = y.to(cache_ptr.dtype.element_ty)
     if cos_ptr is not None:
         y = y.to(tl.float32)
-        other = tl.reshape(partners(y[:, None], BN, 1), [BN])
+        other = tl.reshape(partners(y[None, :], BN, 1), [BN])
         y = y * tl.load(cos_ptr + d, mask=live, other=0.0)
         y += other * tl.load(sin_ptr + d, mask=live, other=0.0)
     where = cache_ptr + (head * slots + position).to(tl.int64) * D + d
@@ -89,16 +89,16 @@ def many_tokens(
         there = tl.where(age == 0, x_ptr, there)
     # Every warp multiplies columns of its own: none reads what another one has read.
     warp, lane = tl.arange(0, 4), tl.arange(0, BK // 4)
-    acc = tl.zeros([4, N, W], tl.float32)
+    acc = tl.zeros([4, W, N], tl.float32)
     for k in tl.range(0, C, BK, num_stages=STAGES):
         col = k + warp[:, None] * (BK // 4) + lane[None, :]  # [4, BK / 4]
         inside = col < C
-        where = w_ptr + row.to(tl.int64)[None, :, None] * C + col[:, None, :]
-        w = tl.load(where, mask=live[None, :, None] & inside[:, None, :], other=0.0)
-        mask = inside[:, :, None] & wanted[None, None, :]
-        x = tl.load(there[None, None, :] + col[:, :, None], mask=mask, other=0.0)
-        acc = tl.dot(w, x, acc, input_precision="ieee")
-    y = tl.sum(acc, axis=0)  # [N, W]
+        where = w_ptr + row.to(tl.int64)[None, None, :] * C + col[:, :, None]
+        w = tl.load(where, mask=live[None, None, :] & inside[:, :, None], other=0.0)
+        mask = wanted[None, :, None] & inside[:, None, :]
+        x = tl.load(there[None, :, None] + col[:, None, :], mask=mask, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    y = tl.sum(acc, axis=0)  # [W, N]
     old = wanted
     if x_ptr is not None:
         old = wanted & (age > 0)
@@ -108,10 +108,10 @@ def many_tokens(
         means = tl.where(age == 0, mean, means)
         scales = tl.where(age == 0, scale, scales)
     if NORM == "layer":
-        y -= means[None, :] * tl.load(gain_ptr + row, mask=live, other=0.0)[:, None]
-    y *= scales[None, :]
+        y -= means[:, None] * tl.load(gain_ptr + row, mask=live, other=0.0)[None, :]
+    y *= scales[:, None]
     if shift_ptr is not None:
-        y += tl.load(shift_ptr + row, mask=live, other=0.0).to(tl.float32)[:, None]
+        y += tl.load(shift_ptr + row, mask=live, other=0.0).to(tl.float32)[None, :]
     y = y.to(cache_ptr.dtype.element_ty)
     if turns_ptr is not None:
         y = y.to(tl.float32)
@@ -121,11 +121,11 @@ def many_tokens(
         if x_ptr is not None:
             cos_at = tl.where(age == 0, cos_ptr, cos_at)
             sin_at = tl.where(age == 0, sin_ptr, sin_at)
-        mask = live[:, None] & wanted[None, :]
-        y *= tl.load(cos_at[None, :] + d[:, None], mask=mask, other=0.0)
-        y += other * tl.load(sin_at[None, :] + d[:, None], mask=mask, other=0.0)
-    out = cache_ptr + (head * slots + token).to(tl.int64)[None, :] * D + d[:, None]
-    tl.store(out, y.to(cache_ptr.dtype.element_ty), mask=live[:, None] & wanted[None, :])
+        mask = wanted[:, None] & live[None, :]
+        y *= tl.load(cos_at[:, None] + d[None, :], mask=mask, other=0.0)
+        y += other * tl.load(sin_at[:, None] + d[None, :], mask=mask, other=0.0)
+    out = cache_ptr + (head * slots + token).to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out, y.to(cache_ptr.dtype.element_ty), mask=wanted[:, None] & live[None, :])
 
 
 @triton.jit
