@@ -26,7 +26,7 @@ from shadowc import cuda, native
 from shadowc.artifact import MANIFEST, open_artifact
 from shadowc.compiler import build_programs, compile_model
 from shadowc.config import Policy
-from shadowc.errors import ArtifactError, KernelError, LengthError, OptionError
+from shadowc.errors import ArtifactError, KernelError, LengthError, NumericsError, OptionError
 from shadowc.evaluation.numerics import check_numerics
 from shadowc.passes.manager import copy_module
 from shadowc.runtime.cuda import CudaSession
@@ -712,6 +712,19 @@ def test_usage_counts_the_keys_that_were_read(tiny):
     less = saved * 2 * shape.head_dim * shape.hidden * lazy.element_size
     assert whole.layer_bytes - lazy.layer_bytes == pytest.approx(less)
     assert whole.to_json()["kv_heads_by_layer"] == [shape.kv_heads] * 3
+
+
+@pytest.mark.parametrize("broken", [None, "lazy", "decode"])
+def test_compile_checks_both_ways_to_decode(tiny_opt, broken):
+    session = lowered(tiny_opt, dtype=FULL, lazy=True)
+    tolerances = load_target("a100").tolerances(FULL)
+    if broken is None:
+        report = check_numerics(session, tiny_opt.loaded, tolerances)
+        assert sum(report["kv_heads_by_layer"]) < 3 * tiny_opt.shape.kv_heads
+        return
+    other = session.with_program(broken, session.programs["full"])
+    with pytest.raises(NumericsError, match="the lazy program does not agree with the decode"):
+        check_numerics(other, tiny_opt.loaded, tolerances)
 
 
 def test_who_cannot_wait_is_told(tiny_opt, tmp_path):

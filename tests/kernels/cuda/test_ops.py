@@ -420,6 +420,48 @@ def test_lazy_qkv(width, heads, groups, dim, parts, dtype, rotary, steps):
         agree(cache, reference)
 
 
+@interpreted
+@pytest.mark.parametrize("position, share, rotary", [(40, "None", True), (41, "half", False)])
+def test_lazy_qkv_from_any_state(position, share, rotary):
+    """Heads that lack 1 to 16 tokens, and heads that have more: tokens were taken back."""
+    width, heads, groups, dim = 64, 20, 20, 8
+    gamma, head = given(1, width, HALF, "layer", 2)
+    matrices = [part for _ in range(3) for part in matrix(heads * dim, width, gamma, "layer")]
+    keep = keep_set(share, 1, heads)
+    mine = waiting(width, groups, dim, HALF, rotary, 60, 60)
+    mine[0].normal_()
+    mine[1].uniform_(0.5, 1.5)
+    if rotary:
+        mine[3].uniform_(-1, 1)
+    mine[2][:] = position + 3 - torch.arange(groups).clamp(max=18)
+    before, theirs = clones(mine), clones(mine)
+    arguments = (*head, *matrices, dim, *keep, torch.tensor([position]), *turns_of(dim, rotary))
+    got = lazy_qkv._lazy_qkv_cuda(*arguments, *mine)
+    want = lazy_qkv.lazy_qkv_reference(*arguments, *theirs)
+    assert torch.equal(got[1], want[1]) and {1, 16} < set(got[1].flatten().tolist())
+    assert torch.equal(mine.pop(2), theirs.pop(2))
+    for here, there in zip(mine, theirs, strict=True):
+        assert (here is None) == (there is None)
+        if here is not None:
+            agree(here, there)
+    for here, old in zip(mine[-2:], before[-2:], strict=True):  # nothing else is written
+        first = (position + 3 - torch.arange(groups).clamp(max=18)).clamp(max=position)
+        slots = torch.arange(60)
+        others = (slots < first[:, None]) | (slots > position) | (got[1][0] == 0)[:, None]
+        assert torch.equal(here[0][others], old[0][others])
+    if share == "None":
+        rest = (*matrices[3:], torch.tensor([position]))
+        last, reference = clones(before), clones(before)
+        for state_ in (last, reference):  # the copy that a step at `position` leaves
+            state_[2][:] = torch.arange(groups) % 19 + position - 15
+        lazy_qkv._catch_up_cuda(*rest, *last)
+        lazy_qkv.catch_up_reference(*rest, *reference)
+        for here, there, old in zip(last[-2:], reference[-2:], before[-2:], strict=True):
+            agree(here, there)
+            assert not torch.equal(here, old)
+            assert torch.equal(here[:, :, position + 1 :], old[:, :, position + 1 :])
+
+
 @pytest.mark.parametrize("dtype", [HALF, BF16])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_attention_of_half_precision_on_a_cpu(dtype, tokens):
