@@ -680,6 +680,11 @@ def test_tokens_are_taken_back_and_other_programs_run_between(tiny, played, grap
 def test_batches_do_not_wait(tiny_opt, played):
     session = played(lowered(tiny_opt, dtype=FULL, lazy=True))
     assert session.step_program(session.new_cache(1)) == "lazy"
+    _, one = generate(session, tiny_opt.ids(batch=1, tokens=6))
+    assert one.lazy.waits
+    del one
+    gc.collect()
+    assert not session.new_cache(1).lazy.waits  # what was remembered was another batch's
     two = session.new_cache(2)
     assert two.lazy is None and session.step_program(two) == "decode"
     want, _ = generate(lowered(tiny_opt, dtype=FULL), tiny_opt.ids(tokens=9))
