@@ -283,7 +283,7 @@ def compile_(
             if chosen is not None and not dense:
                 parts += [chosen.criterion] + ["static"] * (chosen.predictor == "static")
             parts += _policy_name(policy, budget, sparsity)
-            output = ARTIFACTS / "-".join([*parts, target])
+            output = ARTIFACTS / "-".join([*parts, *["lazy"] * lazy_kv, target])
         check_target(output, marker=MANIFEST, error=ArtifactError)
         loaded = load_model(name)
         stored = _stored_type(loaded.source, dtype)
