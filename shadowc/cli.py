@@ -237,6 +237,13 @@ def compile_(
     batch_sizes: Annotated[
         str, typer.Option(help="Batches that CUDA targets decode, each with kernels of its own.")
     ] = "1,2,4,8",
+    lazy_kv: Annotated[
+        bool,
+        typer.Option(
+            "--lazy-kv/--no-lazy-kv",
+            help="Leave keys and values of skipped heads to later (CUDA targets, batch 1).",
+        ),
+    ] = False,
     model: Annotated[
         str | None, typer.Option(help="The model, where the calibration's name no longer finds it.")
     ] = None,
@@ -258,7 +265,7 @@ def compile_(
         from shadowc.directory import check_target
         from shadowc.models import load_model, slug
 
-        targets.load_target(target)
+        targets.load_target(target, lazy_kv=lazy_kv)
         dense = policy.head_sparsity == policy.neuron_sparsity == 0 and budget == "units"
         chosen: Calibration | None = None
         if calibration is not None or not (dense and model):
@@ -276,7 +283,7 @@ def compile_(
             if chosen is not None and not dense:
                 parts += [chosen.criterion] + ["static"] * (chosen.predictor == "static")
             parts += _policy_name(policy, budget, sparsity)
-            output = ARTIFACTS / "-".join([*parts, target])
+            output = ARTIFACTS / "-".join([*parts, *["lazy"] * lazy_kv, target])
         check_target(output, marker=MANIFEST, error=ArtifactError)
         loaded = load_model(name)
         stored = _stored_type(loaded.source, dtype)
@@ -290,6 +297,7 @@ def compile_(
             dtype=stored,
             max_seq_len=max_seq_len,
             batch_sizes=batches,
+            lazy_kv=lazy_kv,
             extra={"budget": {"kind": budget, "sparsity": sparsity}},
             dump=dump,
         )

@@ -17,7 +17,7 @@ from shadowc import targets
 from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.store import Calibration
 from shadowc.config import Policy
-from shadowc.errors import CalibrationError
+from shadowc.errors import CalibrationError, OptionError
 from shadowc.evaluation.numerics import check_numerics, device_name
 from shadowc.passes.canonicalize import canonicalize
 from shadowc.passes.find_blocks import find_blocks
@@ -44,6 +44,7 @@ def compile_model(
     dtype: torch.dtype = torch.bfloat16,
     max_seq_len: int | None = None,
     batch_sizes: Sequence[int] = (1,),
+    lazy_kv: bool = False,
     extra: dict[str, Any] | None = None,
     dump: Path | None = None,
 ) -> artifacts.Artifact:
@@ -58,6 +59,7 @@ def compile_model(
         dtype: Type of the stored matrices.
         max_seq_len: S, prompt and generation together; the model's own limit by default.
         batch_sizes: Batches whose decode steps a CUDA artifact holds kernels for.
+        lazy_kv: Let keys and values of skipped heads wait, where a batch is one row.
         extra: More entries for the manifest.
         dump: Directory for the graphs after every pass.
 
@@ -65,18 +67,29 @@ def compile_model(
         The artifact, whose programs agree with the model (checked on text).
 
     Raises:
+        OptionError: If keys and values cannot wait with that target or policy.
         CalibrationError: If the calibration belongs to another model.
         NumericsError: If a lowered program does not agree with what it was made from.
         ArtifactError: If the artifact cannot be written.
     """
     began = time.perf_counter()
-    backend = targets.load_target(target)
+    backend = targets.load_target(target, lazy_kv=lazy_kv)
     backend.requires()
+    if (
+        lazy_kv
+        and policy.heads_kept(loaded.shape) == (loaded.shape.layers - 1) * loaded.shape.heads
+    ):
+        raise OptionError(
+            "lazy keys and values are those of skipped heads",
+            expected="--lazy-kv with a policy that skips heads",
+            got="every head runs",
+            fix="compile without --lazy-kv",
+        )
     if calibration is not None:
         check_same_model(loaded, calibration)
 
     traced = trace(loaded.model).module(check_guards=False)
-    built = build_programs(traced, loaded, calibration, policy, backend, dtype, dump)
+    built = build_programs(traced, loaded, calibration, policy, backend, dtype, dump, lazy_kv)
     session = Session(
         loaded.shape,
         policy,
@@ -99,6 +112,7 @@ def compile_model(
         "dtype": str(dtype).removeprefix("torch."),
         "max_seq_len": session.max_seq_len,
         "batch_sizes": list(batch_sizes),
+        "lazy_kv": lazy_kv,
         "predictor_bytes": built.predictor_bytes,
         "versions": versions(),
         **(extra or {}),
@@ -132,6 +146,7 @@ def build_programs(
     backend: targets.Target,
     dtype: torch.dtype,
     dump: Path | None = None,
+    lazy_kv: bool = False,
 ) -> Built:
     """Run the passes and the target's lowering on a traced graph (which may be reused).
 
@@ -143,6 +158,7 @@ def build_programs(
         backend: The target.
         dtype: Type of the stored matrices.
         dump: Directory for the graphs.
+        lazy_kv: Whether keys and values of skipped heads may wait.
     """
     sparse = policy.head_sparsity > 0 or policy.neuron_sparsity > 0
     run_passes(traced, (canonicalize,), dump=dump / "traced" if dump else None)
@@ -184,6 +200,7 @@ def build_programs(
         static=bool(keep),
         relu=loaded.shape.activation == "relu",
         dtype=dtype,
+        lazy=lazy_kv,
         dump=dump,
     )
     if sparse and calibration is not None:  # what `static` would rank by, for evaluation

@@ -55,10 +55,17 @@ class Tolerances:
 
 
 class Target(Protocol):
-    """One target: hardware and runtime."""
+    """One target: hardware and runtime.
+
+    Attributes:
+        name: Its name.
+        description: What it is, in a line.
+        lazy_kv: Whether its steps can leave keys and values of skipped heads to later.
+    """
 
     name: str
     description: str
+    lazy_kv: bool
 
     def tolerances(self, dtype: torch.dtype) -> Tolerances:
         """How far programs may be off with weights of that type."""
@@ -75,6 +82,7 @@ class Target(Protocol):
         static: bool,
         relu: bool,
         dtype: torch.dtype,
+        lazy: bool = False,
         dump: Path | None = None,
     ) -> tuple[dict[str, Program], dict[str, Tensor]]:
         """Lower every program that an artifact of this target runs.
@@ -86,6 +94,7 @@ class Target(Protocol):
             static: Whether the keep sets are fixed at compile time.
             relu: Whether activations are often exactly zero, so that `exact` makes sense.
             dtype: Type of the stored matrices.
+            lazy: Also lower steps whose keys and values wait; for targets with `lazy_kv`.
             dump: Directory for the graphs after each pass, a folder a program.
 
         Returns:
@@ -114,12 +123,24 @@ class Target(Protocol):
         """
 
 
-def load_target(name: str) -> Target:
+def load_target(name: str, *, lazy_kv: bool = False) -> Target:
     """The target of that name.
 
+    Args:
+        name: Its name.
+        lazy_kv: Whether it shall have lazy keys and values.
+
     Raises:
-        OptionError: If there is no such target.
+        OptionError: If there is no such target, or it has none.
     """
     if name not in TARGETS:
         raise OptionError(f"unknown target {name!r}", expected=", ".join(TARGETS), got=name)
-    return cast(Target, importlib.import_module(TARGETS[name]).make(name))
+    target = cast(Target, importlib.import_module(TARGETS[name]).make(name))
+    if lazy_kv and not target.lazy_kv:
+        raise OptionError(
+            f"target {name!r} has no lazy keys and values",
+            expected="--lazy-kv with a CUDA target",
+            got=name,
+            fix="compile without --lazy-kv",
+        )
+    return target

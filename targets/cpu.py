@@ -28,6 +28,7 @@ class CpuTarget:
     """Any CPU; see `targets.Target` for the methods."""
 
     name = "cpu"
+    lazy_kv = False
     description = "any x86-64 or aarch64 CPU: native kernels, weights in fp32, bf16 or fp16"
 
     def tolerances(self, dtype: torch.dtype) -> Tolerances:
@@ -47,6 +48,7 @@ class CpuTarget:
         static: bool,
         relu: bool,
         dtype: torch.dtype,
+        lazy: bool = False,
         dump: Path | None = None,
     ) -> tuple[dict[str, Program], Packed]:
         """Lower every program; see `targets.Target.lower`."""

@@ -179,6 +179,7 @@ def test_inspect_says_what_a_directory_is(artifact, calibration, invoke):
     code, out, _ = invoke("inspect", artifact, "--json")
     found = json.loads(out)
     assert code == 0 and found["kind"] == "artifact" and found["model"] == MODEL
+    assert found["lazy_kv"] is False
     assert len(found["layers"]) == 10 and found["files_verified"] > 5
     code, out, _ = invoke("inspect", calibration, "--json")
     assert code == 0 and json.loads(out)["kind"] == "calibration"
@@ -209,6 +210,7 @@ def test_unknown_names(invoke, calibration, tmp_path):
     refused(invoke(*CALIBRATE, "--criterion", "magic"), "unknown criterion 'magic'", "plainact")
     refused(invoke(*CALIBRATE, "--data", "wiki"), "unknown data set 'wiki'")
     refused(invoke("compile", calibration, "--target", "abacus"), "unknown target 'abacus'", "cpu")
+    refused(invoke("compile", calibration, "--lazy-kv"), "'cpu' has no lazy keys", "CUDA target")
     refused(invoke("compile", calibration, "--dtype", "int4"), "unknown dtype", "bf16")
     refused(invoke("compile", calibration, "--refresh", "never"), "refresh 'never'", "token")
     refused(invoke("compile"), "no calibration", "shadowc calibrate")

@@ -28,6 +28,7 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
         "target": manifest["target"],
         "dtype": manifest["dtype"],
         "max_seq_len": manifest["max_seq_len"],
+        "lazy_kv": manifest.get("lazy_kv", False),
         "criterion": calibration.get("criterion"),
         "predictor": calibration.get("predictor"),
         "feature": calibration.get("feature"),

@@ -18,11 +18,12 @@ from shadowc import cuda
 from shadowc.config import ModelShape
 from shadowc.errors import LengthError
 from shadowc.runtime.cache import KVCache
+from shadowc.runtime.lazy import LAZY, LazyState
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import KEEP_PREFIXES, Session
 
 #: Programs that are made for one token.
-STEPS = ("decode", "hold", "exact", "full")
+STEPS = ("decode", "hold", "exact", "full", *LAZY.values())
 _WARM_UPS = 2
 
 
@@ -35,6 +36,7 @@ class Memory:
         start: int64 [rows], first slot of each row that is not padding.
         position: int64 [1], slot of the next token.
         keep: Keep sets of the last step, by the names that programs give them.
+        lazy: What lazy programs remember, if the artifact has any for one row and this is one.
         graphs: For each program the captured graph and its results.
     """
 
@@ -50,6 +52,7 @@ class Memory:
         self.start = torch.zeros(rows, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.keep: dict[str, Tensor] = {}
+        self.lazy: LazyState | None = None
         self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
 
 
@@ -62,6 +65,9 @@ class CudaCache(KVCache):
         self.length, self.steps = 0, 0
         self.start = torch.zeros(batch, dtype=torch.int64, device=memory.start.device)
         self.keep: dict[str, Tensor] = {}
+        self.lazy = memory.lazy
+        if self.lazy is not None:
+            self.lazy.waits = False  # what it remembers was another batch's
 
     @torch.inference_mode()
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -113,11 +119,6 @@ class CudaSession(Session):
         """The GPU."""
         return self._device
 
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """Type of keys and values: that of the matrices."""
-        return next(t.dtype for name, t in self.tensors.items() if name.endswith("_t"))
-
     def synchronize(self) -> None:
         """Wait for the GPU."""
         torch.cuda.synchronize(self._device)
@@ -154,7 +155,8 @@ class CudaSession(Session):
 
     def _new_memory(self, rows: int) -> Memory:
         try:
-            memory = Memory(self.shape, rows, self.max_seq_len, self.cache_dtype, self._device)
+            memory = Memory(self.shape, rows, self.max_seq_len, self.weight_dtype, self._device)
+            memory.lazy = self._new_lazy(rows)
         except torch.OutOfMemoryError as error:
             raise LengthError(
                 "not enough memory on the GPU for the cache",
@@ -188,6 +190,7 @@ class CudaSession(Session):
         cache.check_room(tokens)
         prompt = tokens > 1 or cache.length == 0
         name = program or (self.prompt_program if prompt else self.step_program(cache))
+        self._prepare(name, cache)
         if tokens == 1 and cache.length > 0:
             results = self._replay(name, ids, cache)
         else:
@@ -234,7 +237,8 @@ class CudaSession(Session):
             memory.graphs[name] = self._capture(name, memory)
         graph, results = memory.graphs[name]
         graph.replay()
-        found = {key: value[:batch] for key, value in results.items() if key[:4] == "rows"}
+        counts = ("rows_", "computed_")
+        found = {key: value[:batch] for key, value in results.items() if key.startswith(counts)}
         sets = {k: v[:, :batch] for k, v in results.items() if k.startswith(KEEP_PREFIXES)}
         return {"logits": results["logits"][:batch].clone(), **sets, **found}
 
@@ -246,6 +250,7 @@ class CudaSession(Session):
                 "start": memory.start,
                 "position": memory.position,
                 **memory.keep,
+                **(memory.lazy.tensors if memory.lazy else {}),
             }
             results = self._run(name, values, memory.tensors)
             if name != "hold" and "hold" in self.programs:

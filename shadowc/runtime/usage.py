@@ -26,6 +26,7 @@ class Usage:
         heads: float64 [L], heads run.
         neurons: float64 [L], neurons run.
         rows: float64 [L], rows of the second projection read.
+        keys: float64 [L], key/value heads whose rows were read.
     """
 
     shape: ModelShape
@@ -39,6 +40,7 @@ class Usage:
         self.heads = torch.zeros(self.shape.layers, dtype=torch.float64)
         self.neurons = torch.zeros_like(self.heads)
         self.rows = torch.zeros_like(self.heads)
+        self.keys = torch.zeros_like(self.heads)
         self._elements, self._reads = 0.0, 0
 
     @classmethod
@@ -75,7 +77,11 @@ class Usage:
             reads = 1
             heads = torch.full_like(heads, float(shape.heads))
             neurons = read = _union(results, shape)
-        keys_values = 2 * shape.layers * shape.kv_heads * shape.head_dim * reads
+        whole = torch.ones(reads, shape.kv_heads)  # lazy programs say what they computed
+        computed = (results.get(f"computed_{i}", whole) for i in range(shape.layers))
+        keys = torch.stack([(tokens > 0).sum() for tokens in computed]).double()
+        self.keys += keys
+        keys_values = 2 * float(keys.sum()) * shape.head_dim
         first = (2 if shape.gated else 1) * float(neurons.sum())
         units = float(heads.sum()) * 2 * shape.head_dim + keys_values + first + float(read.sum())
         self._elements += shape.hidden * units
@@ -133,6 +139,7 @@ class Usage:
             "heads_by_layer": [round(float(v) / n, 2) for v in self.heads],
             "neurons_by_layer": [round(float(v) / n, 1) for v in self.neurons],
             "rows_by_layer": [round(float(v) / n, 1) for v in self.rows],
+            "kv_heads_by_layer": [round(float(v) / max(self._reads, 1), 2) for v in self.keys],
         }
 
 

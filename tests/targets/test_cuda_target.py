@@ -24,9 +24,9 @@ from transformers import GenerationConfig
 import shadowc
 from shadowc import cuda, native
 from shadowc.artifact import MANIFEST, open_artifact
-from shadowc.compiler import build_programs
+from shadowc.compiler import build_programs, compile_model
 from shadowc.config import Policy
-from shadowc.errors import ArtifactError, KernelError, LengthError, OptionError
+from shadowc.errors import ArtifactError, KernelError, LengthError, NumericsError, OptionError
 from shadowc.evaluation.numerics import check_numerics
 from shadowc.passes.manager import copy_module
 from shadowc.runtime.cuda import CudaSession
@@ -62,6 +62,7 @@ BATCHED = {"project_rows_kernel", "out_proj_rows_kernel", "hidden_kernel", "weig
 ALONE = {"project_kernel", "qkv_kernel", "out_proj_kernel", "mlp_kernel"}
 CHOOSING = {"small_kernel", "fence_kernel"}
 ALWAYS = {"scale_kernel", "attention_kernel", "finish_kernel"}
+LAZY = {"lazy_qkv_kernel", "catch_up_kernel"}
 
 
 @pytest.fixture(autouse=True)
@@ -72,16 +73,18 @@ def profile():
     cuda.use(None)
 
 
-def lowered(tiny, name: str = "token", target: str = "a100", dtype=HALF) -> Session:
+def lowered(
+    tiny, name: str = "token", target: str = "a100", dtype=HALF, *, lazy: bool = False
+) -> Session:
     """A session of the target's programs, built once for all five: they differ in kernels alone."""
-    key = ("cuda", name, dtype)
+    key = ("cuda", name, dtype, lazy)
     if key not in tiny.built:
         calibration = None if name == "dense" else tiny.calibration
         if name == "static":
             calibration = dataclasses.replace(calibration, predictor="static", weights={})
         traced, backend = copy_module(tiny.traced), load_target(target)
         tiny.built[key] = build_programs(
-            traced, tiny.loaded, calibration, POLICIES[name], backend, dtype
+            traced, tiny.loaded, calibration, POLICIES[name], backend, dtype, lazy_kv=lazy
         )
     built = tiny.built[key]
     return Session(
@@ -213,9 +216,10 @@ def test_record_finds_the_kernels_of_all_steps(tiny, name):
             assert "*fp16" in kinds and "*bf16" not in kinds
 
 
-def test_recording_is_the_same_every_time(tiny):
+@pytest.mark.parametrize("lazy", [False, True])
+def test_recording_is_the_same_every_time(tiny, lazy):
     """Also for the programs and tensors that a file gives back: serving finds what was compiled."""
-    session = lowered(tiny, "every 3")
+    session = lowered(tiny, "every 3", lazy=lazy)
     before = {batch: list(record(session, batch)) for batch in (1, 2, 3)}
     session.programs = {
         name: Program.from_json(json.loads(json.dumps(program.to_json())))
@@ -272,6 +276,18 @@ def test_prompts_find_their_kernels(tiny, batch, tokens):
         assert not {spec.name for key, (spec, _) in found.items() if key not in recorded}
 
 
+@pytest.mark.parametrize("name", ["token", "every 3", "static"])
+def test_record_finds_what_one_row_needs_to_wait(tiny, name):
+    lazy, plain = lowered(tiny, name, lazy=True), lowered(tiny, name)
+    made = {"lazy"} if name == "token" else {"lazy_hold"}
+    made |= {"lazy", "lazy_hold"} if name == "every 3" else set()
+    assert set(lazy.programs) == set(plain.programs) | made | {"catch_up"}
+    assert names(record(lazy, 1)) == names(record(plain, 1)) | LAZY
+    assert set(record(lazy, 2)) == set(record(plain, 2))
+    attentions = [s for s, _ in record(lazy, 1).values() if s.name == "attention_kernel"]
+    assert ("k_ptr", None) in {c for spec in attentions for c in spec.constants}
+
+
 # --- Compiling -----------------------------------------------------------------------------------
 
 
@@ -304,7 +320,8 @@ policy, sessions = Policy(0.5, 0.5, min_neurons=2), []
 for name in ("opt", "llama"):
     tiny = _tiny(name)
     built = build_programs(
-        tiny.traced, tiny.loaded, tiny.calibration, policy, load_target("h100"), torch.float16
+        tiny.traced, tiny.loaded, tiny.calibration, policy, load_target("h100"), torch.float16,
+        lazy_kv=True,
     )
     sessions.append(Session(tiny.shape, policy, built.programs, built.packed, built.keep, 64))
 for target in ("a100", "l4", "h100"):
@@ -340,7 +357,7 @@ def artifact(compiled):
 
 
 def test_every_kernel_compiles_for_every_architecture(compiled):
-    every = ALWAYS | ALONE | BATCHED | {"mark_kernel"} | CHOOSING
+    every = ALWAYS | ALONE | BATCHED | LAZY | {"mark_kernel"} | CHOOSING
     for target in ("a100", "l4", "h100"):
         fences = set() if target == "h100" else {"fence_kernel"}  # where no kernel starts early
         assert {name for where, name in compiled[1] if where == target} == every - fences
@@ -592,6 +609,139 @@ def test_a_longer_cache_than_compiled_is_refused(tiny_opt, played):
     session = played(lowered(tiny_opt, "token", dtype=FULL))
     with pytest.raises(LengthError, match="longer than"):
         session.new_cache(1, session.max_seq_len + 1)
+
+
+# --- Keys and values that wait -------------------------------------------------------------------
+
+
+def agree(got, want):
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def complete(session, cache, ids, start, length):
+    """The caches after a prompt of two more tokens, which needs all that waited."""
+    session.step(ids[:, length : length + 2], cache)
+    return [tensor[:, :, : length + 2] for tensor in cache.tensors]
+
+
+@pytest.mark.parametrize("name", ["token", "every 3", "prompt", "static"])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_waiting_changes_nothing(tiny, played, name, graphs):
+    plain, lazy = (lowered(tiny, name, dtype=FULL, lazy=lazy) for lazy in (False, True))
+    if graphs:
+        lazy = played(lazy)
+    ids, start = tiny.ids(batch=1, tokens=64), torch.tensor([2])
+    want, whole = generate(plain, ids[:, :60], 5, start)
+    for _ in range(2):  # the second one in the memory of the first
+        gc.collect()
+        got, cache = generate(lazy, ids[:, :60], 5, start)
+        assert cache.lazy is not None and cache.lazy.waits
+        agree(got, want)
+        assert all(torch.equal(cache.keep[key], whole.keep[key]) for key in whole.keep)
+    behind = [
+        not torch.allclose(here[:, :, :60], there[:, :, :60], atol=1e-4)
+        for here, there in zip(cache.tensors, whole.tensors, strict=True)
+    ]
+    assert not any(behind[:2]) and any(behind[2:])  # layer 0 keeps all heads
+    for here, there in zip(
+        complete(lazy, cache, ids, start, 60), complete(plain, whole, ids, start, 60), strict=True
+    ):
+        agree(here, there)
+    assert not cache.lazy.waits
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_tokens_are_taken_back_and_other_programs_run_between(tiny, played, graphs):
+    plain, lazy = (lowered(tiny, dtype=FULL, lazy=lazy) for lazy in (False, True))
+    ids, others = (tiny.ids(batch=1, tokens=64, seed=seed) for seed in (0, 1))
+    found = []
+    for session in (plain, played(lazy) if graphs else lazy):
+        _, cache = generate(session, ids[:, :40], 4)
+        logits = []
+
+        def feed(tokens, session=session, cache=cache, logits=logits, **options):
+            for token in tokens:
+                ids = token[None, None]
+                logits.append(session.step(ids, cache, **options)["logits"].clone())
+
+        for back in (1, 3, 2):
+            cache.take_back(back)
+            feed(others[0, cache.length : cache.length + back + 1])
+        feed(others[0, 50:53], program="full")
+        feed(others[0, 53:56])
+        cache.take_back(2)
+        session.step(others[:, 56:58], cache)  # a prompt right after tokens were taken back
+        feed(others[0, 58:62])
+        found.append((torch.cat(logits, 1), complete(session, cache, ids, None, 50), cache))
+    agree(found[1][0], found[0][0])
+    assert found[0][2].length == found[1][2].length
+    for here, there in zip(found[1][1], found[0][1], strict=True):
+        agree(here, there)
+
+
+def test_batches_do_not_wait(tiny_opt, played):
+    session = played(lowered(tiny_opt, dtype=FULL, lazy=True))
+    assert session.step_program(session.new_cache(1)) == "lazy"
+    _, one = generate(session, tiny_opt.ids(batch=1, tokens=6))
+    assert one.lazy.waits
+    del one
+    gc.collect()
+    assert not session.new_cache(1).lazy.waits  # what was remembered was another batch's
+    two = session.new_cache(2)
+    assert two.lazy is None and session.step_program(two) == "decode"
+    want, _ = generate(lowered(tiny_opt, dtype=FULL), tiny_opt.ids(tokens=9))
+    agree(generate(session, tiny_opt.ids(tokens=9))[0], want)
+    padded = played(lowered(tiny_opt, dtype=FULL, lazy=True), (2,)).new_cache(1)
+    assert padded.lazy is None  # a row that is padded to two
+    with pytest.raises(OptionError, match="'lazy' is for one row"):
+        session.step(tiny_opt.ids(tokens=1), two, program="lazy")
+
+
+def test_usage_counts_the_keys_that_were_read(tiny):
+    session, plain = (lowered(tiny, dtype=FULL, lazy=lazy) for lazy in (True, False))
+    ids, shape = tiny.ids(batch=1, tokens=30), tiny.shape
+    usages = []
+    for one in (session, plain):
+        cache, usage, read = one.new_cache(1), Usage.of(one), 0
+        one.step(ids[:, :4], cache)
+        for token in range(4, 30):
+            results = one.step(ids[:, token : token + 1], cache)
+            usage.add(results)
+            read += sum(int((results[f"computed_{i}"] > 0).sum()) for i in (1, 2)
+                        if f"computed_{i}" in results)  # fmt: skip
+        usages.append((usage, read))
+    (lazy, read), (whole, _) = usages
+    assert 0 < read < 2 * shape.kv_heads * 26
+    assert lazy.keys.tolist()[0] == shape.kv_heads * 26 and int(lazy.keys.sum()) == (
+        read + shape.kv_heads * 26
+    )
+    saved = (3 * shape.kv_heads * 26 - int(lazy.keys.sum())) / 26
+    less = saved * 2 * shape.head_dim * shape.hidden * lazy.element_size
+    assert whole.layer_bytes - lazy.layer_bytes == pytest.approx(less)
+    assert whole.to_json()["kv_heads_by_layer"] == [shape.kv_heads] * 3
+
+
+@pytest.mark.parametrize("broken", [None, "lazy", "decode"])
+def test_compile_checks_both_ways_to_decode(tiny_opt, broken):
+    session = lowered(tiny_opt, dtype=FULL, lazy=True)
+    tolerances = load_target("a100").tolerances(FULL)
+    if broken is None:
+        report = check_numerics(session, tiny_opt.loaded, tolerances)
+        assert sum(report["kv_heads_by_layer"]) < 3 * tiny_opt.shape.kv_heads
+        return
+    other = session.with_program(broken, session.programs["full"])
+    with pytest.raises(NumericsError, match="the lazy program does not agree with the decode"):
+        check_numerics(other, tiny_opt.loaded, tolerances)
+
+
+def test_who_cannot_wait_is_told(tiny_opt, tmp_path):
+    with pytest.raises(OptionError, match=r"(?s)'cpu' has no lazy keys.*--lazy-kv with a CUDA"):
+        load_target("cpu", lazy_kv=True)
+    with pytest.raises(OptionError, match="every head runs"):
+        compile_model(
+            tiny_opt.loaded, tiny_opt.calibration, Policy(0.0, 0.5), tmp_path / "artifact",
+            target="a100", lazy_kv=True,
+        )  # fmt: skip
 
 
 def test_settings_of_one_artifact_do_not_leak(tiny_opt):
