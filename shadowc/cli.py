@@ -237,6 +237,11 @@ def compile_(
     batch_sizes: Annotated[
         str, typer.Option(help="Batches that CUDA targets decode, each with kernels of its own.")
     ] = "1,2,4,8",
+    dense_from_batch: Annotated[
+        int | None,
+        typer.Option(help="CUDA: batches from this size on skip nothing; 0: never.",
+                     show_default="as measured on the GPU"),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="The model, where the calibration's name no longer finds it.")
     ] = None,
@@ -290,6 +295,7 @@ def compile_(
             dtype=stored,
             max_seq_len=max_seq_len,
             batch_sizes=batches,
+            dense_from_batch=dense_from_batch,
             extra={"budget": {"kind": budget, "sparsity": sparsity}},
             dump=dump,
         )
@@ -477,20 +483,39 @@ def eval_(
 
 
 def _show_bench(result: Result) -> None:
-    table = _table("decode, batch " + str(result["batch"]), "ms a token", "beside dense")
-    dense = result["dense_ms_per_token"]
-    for name, key in (
-        ("artifact", "ms_per_token"),
-        ("exact (zero rows skipped)", "exact_ms_per_token"),
-        ("dense, same runtime", "dense_ms_per_token"),
-        ("  by our own kernels", "dense_by_kernels_ms"),
-        ("  by cuBLAS", "dense_by_library_ms"),
-        ("Hugging Face eager", "hugging_face_ms_per_token"),
-        ("Hugging Face eager, fp32", "hugging_face_fp32_ms_per_token"),
-    ):
-        if result[key] is not None:
-            table.add_row(name, f"{result[key]:.2f}", f"{result[key] / dense:.2f}x")
+    batch, shared = result["batch"], result["rows_share_bytes"]
+    unit = "token" if batch == 1 else "step"
+    table = _table(
+        f"decode, batch {batch}", f"ms a {unit}", "beside the artifact",
+        f"MB read a {unit if shared else 'token'}",
+    )  # fmt: skip
+    names = {
+        "artifact": f"artifact, {result['policy_in_effect']}",
+        "dense": "dense, same runtime",
+        "dense_by_kernels": "  by our own kernels",
+        "dense_by_library": "  by cuBLAS",
+        "exact": "exact (zero rows skipped)",
+        "static": "static: mean scores, no predictor",
+        "dejavu": "DejaVu's predictors (random, speed only)",
+        "hugging_face": "Hugging Face eager",
+        "hugging_face_fp32": "Hugging Face eager, fp32",
+        "hugging_face_compiled": "Hugging Face generate, compiled",
+    }
+    for name, found in result["variants"].items():
+        read = "-" if found["bytes"] is None else f"{found['bytes'] / 1e6:.1f}"
+        ms, ratio = found["ms_per_step"], found["beside_artifact"]
+        table.add_row(names[name], f"{ms:.2f}", f"{ratio:.2f}x", read)
     out.print(table)
+    if batch > 1:
+        out.print(
+            f"a step gives {batch} tokens: {result['ms_per_generated_token']:.3f} ms each; "
+            f"{result['neurons_read_share']:.1%} of the neurons are read"
+            + (" by any row" if shared else " by a row")
+        )
+    if result["hugging_face_compile_seconds"] is not None:
+        out.print(
+            f"transformers took {result['hugging_face_compile_seconds']:.0f} s to compile first"
+        )
     for name, reason in result["left_out"].items():
         out.print(f"{name} was left out: {reason}")
     if result["random_weights"]:
@@ -524,6 +549,14 @@ def bench(
     prompt_len: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 128,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma list of dense, exact, static, dejavu, hf, hf-compiled (compiles for "
+            "minutes).",
+            show_default="dense,exact,hf where they apply",
+        ),
+    ] = None,
     data: Data = "pydoc",
     hugging_face: Annotated[bool, typer.Option(help="Also run the original model.")] = True,
     allow_jit: AllowJit = False,
@@ -544,6 +577,7 @@ def bench(
             prompt_len=prompt_len,
             new_tokens=new_tokens,
             batch=batch,
+            against=None if against is None else _split(against),
             data=data,
             hugging_face=hugging_face,
             allow_jit=allow_jit,

@@ -35,6 +35,8 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
         "calibrated_on": calibration.get("data"),
         "scope": manifest["policy"]["scope"],
         "refresh": manifest["policy"]["refresh"],
+        "dense_from_batch": manifest.get("dense_from_batch"),
+        "policy_in_effect": policy_in_effect(manifest),
         "head_sparsity": compiled["head_sparsity"],
         "neuron_sparsity": compiled["neuron_sparsity"],
         "weight_bytes_skipped": compiled["weight_bytes_skipped"],
@@ -45,6 +47,16 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
         "measured": sorted(report),
         "versions": manifest["versions"],
     }
+
+
+def policy_in_effect(manifest: Mapping[str, Any]) -> str:
+    """What decodes batches of all sizes that an artifact was compiled for."""
+    policy, least = manifest["policy"], manifest.get("dense_from_batch")
+    if not (policy["head_sparsity"] or policy["neuron_sparsity"]):
+        return "dense (the artifact skips no units)"
+    if least is None:
+        return "sparse"
+    return f"sparse; dense (batch >= {least}, program {manifest['dense_program']})"
 
 
 def describe_calibration(calibration: Calibration, path: Path) -> dict[str, Any]:
