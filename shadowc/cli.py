@@ -239,8 +239,10 @@ def compile_(
     ] = "1,2,4,8",
     dense_from_batch: Annotated[
         int | None,
-        typer.Option(help="CUDA: batches from this size on skip nothing; 0: never.",
-                     show_default="as measured on the GPU"),
+        typer.Option(
+            help="CUDA: batches from this size on skip nothing; 0: never.",
+            show_default="as measured on the GPU",
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="The model, where the calibration's name no longer finds it.")
@@ -486,8 +488,8 @@ def _show_bench(result: Result) -> None:
     batch, shared = result["batch"], result["rows_share_bytes"]
     unit = "token" if batch == 1 else "step"
     table = _table(
-        f"decode, batch {batch}", f"ms a {unit}", "beside the artifact",
-        f"MB read a {unit if shared else 'token'}",
+        f"decode, batch {batch}", f"ms a {unit}", "of artifact",
+        f"MB a {unit if shared else 'token'}",
     )  # fmt: skip
     names = {
         "artifact": f"artifact, {result['policy_in_effect']}",
@@ -495,11 +497,11 @@ def _show_bench(result: Result) -> None:
         "dense_by_kernels": "  by our own kernels",
         "dense_by_library": "  by cuBLAS",
         "exact": "exact (zero rows skipped)",
-        "static": "static: mean scores, no predictor",
-        "dejavu": "DejaVu's predictors (random, speed only)",
+        "static": "static (mean scores)",
+        "dejavu": "dejavu (random, speed only)",
         "hugging_face": "Hugging Face eager",
         "hugging_face_fp32": "Hugging Face eager, fp32",
-        "hugging_face_compiled": "Hugging Face generate, compiled",
+        "hugging_face_compiled": "Hugging Face compiled",
     }
     for name, found in result["variants"].items():
         read = "-" if found["bytes"] is None else f"{found['bytes'] / 1e6:.1f}"

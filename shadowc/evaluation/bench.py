@@ -122,25 +122,28 @@ class Variant:
 
 
 @dataclass
-class Generated(Variant):
-    """A model that decodes inside `generate`: a turn is a long generation and a short one.
+class Generated:
+    """A model that decodes inside `generate`: a turn is a short generation and a long one.
 
     Attributes:
         generate: Generates so many tokens after the prompt.
         lengths: The short and the long number of tokens.
-        seconds: What its turns took.
+        times: Seconds a token of each turn: what the longer generation took longer.
+        spent: Seconds that its turns took, prompts included.
         compile_seconds: What the first generation took, which compiled.
     """
 
-    generate: Callable[[int], object] = lambda tokens: None
-    lengths: tuple[int, int] = (WARM_UP, WARM_UP + TURN)
-    seconds: float = 0.0
+    generate: Callable[[int], object]
+    lengths: tuple[int, int]
+    times: list[float] = field(default_factory=list)
+    spent: float = 0.0
     compile_seconds: float = 0.0
+    usage: None = None
 
     @property
-    def spent(self) -> float:
-        """Seconds of whole generations, prompts included."""
-        return self.seconds
+    def ms(self) -> float:
+        """Median of the turns, in milliseconds a token."""
+        return statistics.median(self.times) * 1e3
 
     def warm_up(self) -> None:
         """Compile, then have both lengths once.
@@ -161,7 +164,7 @@ class Generated(Variant):
         """Take a turn, whatever the text: the time of a token is the same for any."""
         if measured:
             short, long = self._turn()
-            self.seconds += short + long
+            self.spent += short + long
             self.times.append((long - short) / (self.lengths[1] - self.lengths[0]))
 
     def _turn(self) -> list[float]:
@@ -215,7 +218,7 @@ def bench(
     ids = torch.tensor([windows[row % len(windows)] for row in range(batch)])
     prompt, text = ids[:, :prompt_len], ids[:, prompt_len:]
 
-    variants = {"artifact": _own(session, prompt, tokens, None)}
+    variants: dict[str, Variant | Generated] = {"artifact": _own(session, prompt, tokens, None)}
     variants["artifact"].decode(text[:, :WARM_UP], measured=False)
     memory = torch.cuda.max_memory_allocated() if gpu else peak_memory()
     before = 0 if gpu else before
@@ -229,9 +232,9 @@ def bench(
             raise OptionError("not asked for")
         return _eager(loaded(dtype), prompt, session)
 
-    makers: dict[str, Callable[[], Variant]] = {
+    makers: dict[str, Callable[[], Variant | Generated]] = {
         "exact": lambda: _exact(session, prompt, tokens),
-        "static": lambda: _own(static_session(session), prompt, tokens, None),
+        "static": lambda: _own(static_session(session), prompt, tokens, "hold"),
         "dejavu": lambda: _dejavu(session, prompt, tokens, allow_jit),
         "hugging_face": lambda: eager(artifact.manifest["dtype"]),
         "hugging_face_fp32": lambda: eager("float32"),
@@ -251,7 +254,9 @@ def bench(
         if name != "artifact":
             variant.decode(text[:, :WARM_UP], measured=False)
     _take_turns(list(variants.values()), text[:, WARM_UP:], progress)
-    selection = selection_ms(session, prompt, text[:, :SELECTIONS])
+    selection = None
+    if session.policy_in_effect(batch) == "sparse":
+        selection = selection_ms(session, prompt, text[:, :SELECTIONS])
     return _figures(artifact, session, variants, selection) | {
         "peak_memory_bytes": memory,
         "peak_memory_above_start_bytes": max(memory - before, 0),
@@ -450,14 +455,15 @@ def _dejavu(session: Session, prompt: Tensor, capacity: int, allow_jit: bool) ->
     if gpu and not allow_jit:
         raise OptionError(
             "'dejavu' has predictors whose kernels no artifact holds",
-            expected="leave to compile them here",
+            expected="permission to compile them here",
             fix="add --allow-jit (needs Triton), or leave 'dejavu' out",
         )
     _check_room("dejavu's predictors", sum(value.nbytes for value in new.values()), session)
-    generator = torch.Generator(session.device).manual_seed(0)
+    generator, weights = torch.Generator(session.device).manual_seed(0), {}
     for name, value in new.items():
         weight = torch.empty(value.shape, dtype=value.dtype, device=session.device)
-        other.tensors[name] = weight.normal_(0, value.shape[1] ** -0.5, generator=generator)
+        weights[name] = weight.normal_(0, value.shape[1] ** -0.5, generator=generator)
+    other.tensors = {**other.tensors, **weights}
     variant, counts = _own(other, prompt, capacity, "decode"), dejavu_counts(session, batch)
     step = variant.step
 
@@ -505,28 +511,24 @@ def _eager(model: Any, prompt: Tensor, session: Session) -> Variant:
     return Variant(step, wait=_wait(session))
 
 
-def _compiled(model: Any, prompt: Tensor, new_tokens: int) -> Variant:
+def _compiled(model: Any, prompt: Tensor, new_tokens: int) -> Generated:
     """The original model as transformers compiles it: `generate` with a static cache."""
     from transformers import CompileConfig, GenerationConfig
 
-    ids = prompt.to(model.device)
-    options: dict[str, Any] = {}
+    ids, compiles = prompt.to(model.device), None
     if model.device.type == "cpu":  # there transformers compiles only when it is told to
-        options["compile_config"] = CompileConfig()
-        options["compile_config"]._compile_all_devices = True
-    ending = GenerationConfig(pad_token_id=0, eos_token_id=None)  # all the tokens asked for
+        compiles = CompileConfig()
+        compiles._compile_all_devices = True
 
     def generate(tokens: int) -> None:
-        found = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=ending,
-            max_new_tokens=tokens, do_sample=False, cache_implementation="static", **options,
+        config = GenerationConfig(
+            max_new_tokens=tokens, do_sample=False, cache_implementation="static",
+            compile_config=compiles, pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
-        found.cpu()  # waits for the device
+        mask = torch.ones_like(ids)
+        model.generate(input_ids=ids, attention_mask=mask, generation_config=config).cpu()
 
-    def step(token: Tensor) -> None:
-        raise NotImplementedError("it decodes inside `generate`")
-
-    variant = Generated(step, generate=generate, lengths=(WARM_UP, new_tokens))
+    variant = Generated(generate, (WARM_UP, new_tokens))
     variant.warm_up()
     return variant
 
@@ -558,7 +560,7 @@ def _at_most(seconds: float, what: str) -> Iterator[None]:
 
 
 def _take_turns(
-    variants: Sequence[Variant], text: Tensor, progress: Callable[[float], None]
+    variants: Sequence[Variant | Generated], text: Tensor, progress: Callable[[float], None]
 ) -> None:
     for start in range(0, text.shape[1], TURN):
         turn = start // TURN % len(variants)
@@ -571,7 +573,7 @@ def _take_turns(
 def _figures(
     artifact: Artifact,
     session: Session,
-    variants: Mapping[str, Variant],
+    variants: Mapping[str, Variant | Generated],
     selection: float | None,
 ) -> dict[str, Any]:
     own, library = variants["artifact"], variants["dense"]
@@ -581,8 +583,9 @@ def _figures(
     head = session.shape.vocab * session.shape.hidden * usage.element_size
     read = usage.layer_bytes + usage.predictor_bytes + head
     weights = sum(t.nbytes for t in session.tensors.values())
+    random = artifact.manifest["model"]["kind"] == "random"
     read_dense = usage.dense_bytes + head
-    shown: dict[str, Variant] = {"artifact": own, "dense": dense}
+    shown: dict[str, Variant | Generated] = {"artifact": own, "dense": dense}
     if "full" in variants:
         shown |= {"dense_by_kernels": variants["full"], "dense_by_library": library}
     shown |= {k: v for k, v in variants.items() if k not in ("artifact", "dense", "full")}
@@ -592,7 +595,7 @@ def _figures(
     def ms(name: str) -> float | None:
         return shown[name].ms if name in shown else None
 
-    def reads(name: str, variant: Variant) -> int | None:
+    def reads(name: str, variant: Variant | Generated) -> int | None:
         if name.startswith("hugging_face"):
             return read_dense * 4 // usage.element_size if name.endswith("fp32") else read_dense
         if variant.usage is None:
@@ -611,13 +614,14 @@ def _figures(
         "hugging_face_fp32_ms_per_token": ms("hugging_face_fp32"),
         "hugging_face_compiled_ms_per_token": ms("hugging_face_compiled"),
         "hugging_face_compile_seconds": (
-            compiled.compile_seconds if isinstance(compiled, Generated) else None
+            round(compiled.compile_seconds, 1) if isinstance(compiled, Generated) else None
         ),
         "variants": {
             name: {
                 "ms_per_step": variant.ms,
                 "beside_artifact": variant.ms / own.ms,
                 "bytes": reads(name, variant),
+                "random_weights": random or name == "dejavu",
             }
             for name, variant in shown.items()
         },
@@ -634,7 +638,7 @@ def _figures(
         **{k: v for k, v in usage.to_json().items() if k != "tokens"},
         "weights_bytes": weights,
         "model": artifact.manifest["model"]["name"],
-        "random_weights": artifact.manifest["model"]["kind"] == "random",
+        "random_weights": random,
         "dtype": artifact.manifest["dtype"],
         **device(session.device.type),
         "versions": versions(),

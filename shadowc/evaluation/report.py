@@ -114,13 +114,16 @@ def render(artifact: Artifact) -> str:
             "artifact": "ms_per_token",
             "exact": "exact_ms_per_token",
             "dense, same runtime": "dense_ms_per_token",
+            "static": "static_ms_per_token",
+            "DejaVu's predictors, random weights": "dejavu_ms_per_token",
             "Hugging Face eager": "hugging_face_ms_per_token",
             "Hugging Face eager, fp32": "hugging_face_fp32_ms_per_token",
+            "Hugging Face compiled": "hugging_face_compiled_ms_per_token",
         }
         speed = [
             (name, f"{found[key]:.2f}", f"{found[key] / dense:.2f}")
             for name, key in names.items()
-            if found[key] is not None
+            if found.get(key) is not None
         ]
         parts += [
             "<h2>Speed</h2>",
