@@ -243,7 +243,7 @@ def bench(
         ),
     }
     left_out = {}
-    for name in _variants(artifact, against or DEFAULT):
+    for name in _variants(artifact, DEFAULT if against is None else against):
         try:
             variants[name] = makers[name]()
         except ShadowcError as error:

@@ -53,7 +53,7 @@ def policy_in_effect(manifest: Mapping[str, Any]) -> str:
     """What decodes batches of all sizes that an artifact was compiled for."""
     policy, least = manifest["policy"], manifest.get("dense_from_batch")
     if not (policy["head_sparsity"] or policy["neuron_sparsity"]):
-        return "dense (the artifact skips no units)"
+        return "exact" if "programs/exact.json" in manifest["files"] else "dense"
     if least is None:
         return "sparse"
     return f"sparse; dense (batch >= {least}, program {manifest['dense_program']})"

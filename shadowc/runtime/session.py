@@ -161,8 +161,10 @@ class Session:
         return self.policy.head_sparsity > 0 or self.policy.neuron_sparsity > 0
 
     def policy_in_effect(self, batch: int) -> str:
-        """What decodes a batch of so many rows: `sparse`, or `dense` and why."""
-        return "sparse" if self.skips_units else "dense (the artifact skips no units)"
+        """What decodes a batch of so many rows: `sparse`, `exact`, or `dense` and why."""
+        if self.skips_units:
+            return "sparse"
+        return "exact" if "exact" in self.programs else "dense"
 
     @property
     def prompt_program(self) -> str:
