@@ -48,7 +48,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What compile wrote.")]
 AllowJit = Annotated[
-    bool, typer.Option("--allow-jit", help="Run on another GPU than the target's.")
+    bool,
+    typer.Option("--allow-jit", help="Compile what the artifact lacks for this GPU, whichever."),
 ]
 Output = Annotated[Path | None, typer.Option(help="Directory to write.", show_default=False)]
 Data = Annotated[
@@ -383,7 +384,8 @@ def _stored_type(source: ModelSource, dtype: str) -> torch.dtype:
 
 
 def _show_run(result: Result) -> None:
-    err.print(f"{result['tokens']} tokens, {result['ms_per_token']:.2f} ms a token")
+    ms, policy = result["ms_per_token"], result["policy_in_effect"]
+    err.print(f"{result['tokens']} tokens, {ms:.2f} ms a token, {policy}")
 
 
 @command(
@@ -487,9 +489,10 @@ def eval_(
 def _show_bench(result: Result) -> None:
     batch, shared = result["batch"], result["rows_share_bytes"]
     unit = "token" if batch == 1 else "step"
+    read_by = unit if shared else "token"
     table = _table(
         f"decode, batch {batch}", f"ms a {unit}", "of artifact",
-        f"MB a {unit if shared else 'token'}",
+        f"MB a {read_by}",
     )  # fmt: skip
     names = {
         "artifact": f"artifact, {result['policy_in_effect']}",
@@ -523,7 +526,7 @@ def _show_bench(result: Result) -> None:
     if result["random_weights"]:
         out.print("random weights: the speed means something, the text does not")
     out.print(
-        f"weights read a token: {result['bytes_per_token'] / 1e6:.1f} MB of "
+        f"weights read a {read_by}: {result['bytes_per_token'] / 1e6:.1f} MB of "
         f"{result['dense_bytes_per_token'] / 1e6:.1f} MB; "
         f"{result['bandwidth_share']:.0%} of the memory's {result['read_bandwidth'] / 1e9:.1f} GB/s"
         f" (dense {result['dense_bandwidth_share']:.0%})"

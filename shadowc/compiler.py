@@ -76,7 +76,8 @@ def compile_model(
     backend = targets.load_target(target)
     backend.requires()
     batch_policy = backend.batch_policy(dense_from_batch)
-    if dense_from_batch and not (policy.head_sparsity or policy.neuron_sparsity):
+    sparse = policy.head_sparsity > 0 or policy.neuron_sparsity > 0
+    if dense_from_batch and not sparse:
         raise OptionError(
             "--dense-from-batch does not apply: no batch skips anything",
             expected="a --sparsity above 0",
@@ -109,7 +110,7 @@ def compile_model(
         "dtype": str(dtype).removeprefix("torch."),
         "max_seq_len": session.max_seq_len,
         "batch_sizes": list(batch_sizes),
-        **batch_policy,
+        **(batch_policy if sparse else {}),
         "predictor_bytes": built.predictor_bytes,
         "versions": versions(),
         **(extra or {}),

@@ -651,7 +651,7 @@ def _check(prompt_len: int, new_tokens: int, batch: int, manifest: Mapping[str, 
                              ("batch", batch, 1)):  # fmt: skip
         if value < low:
             raise OptionError(f"--{name} is out of range", expected=f"at least {low}", got=value)
-    most = batch if manifest["target"] == "cpu" else max(manifest["batch_sizes"])
+    most = batch if manifest["target"] == "cpu" else max(manifest.get("batch_sizes", (1,)))
     if batch > most:
         raise OptionError(
             "--batch is larger than the decode steps that this artifact has kernels for",
