@@ -207,8 +207,8 @@ def bench(
         LengthError: If prompt and new tokens do not fit in the compiled length.
         ModelError: If a model that was asked for cannot be run.
     """
-    _check(prompt_len, new_tokens, batch, artifact.manifest)
     _check_names(against or (), hugging_face)
+    _check(prompt_len, new_tokens, batch, artifact.manifest)
     before = peak_memory()
     model = load(artifact.path, allow_jit=allow_jit)
     session = model.session
@@ -589,7 +589,8 @@ def _figures(
     if "full" in variants:
         shown |= {"dense_by_kernels": variants["full"], "dense_by_library": library}
     shown |= {k: v for k, v in variants.items() if k not in ("artifact", "dense", "full")}
-    exact = shown.get("exact") or (own if "exact" in session.programs else None)
+    is_exact = "exact" in session.programs and not session.skips_units
+    exact = shown.get("exact") or (own if is_exact else None)
     eager, compiled = shown.get("hugging_face"), shown.get("hugging_face_compiled")
 
     def ms(name: str) -> float | None:
