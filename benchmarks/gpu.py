@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import operator
 import shlex
 import statistics
 import sys
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from transformers import GenerationConfig
 
 from shadowc import cuda
@@ -45,13 +44,13 @@ from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.store import Calibration
 from shadowc.compiler import build_programs
 from shadowc.config import ModelShape, Policy
+from shadowc.evaluation.baselines import dejavu_session
 from shadowc.models import FAMILIES, LoadedModel, ModelSource, known_config, model_shape
-from shadowc.passes.manager import copy_module, eliminate_dead_code
+from shadowc.passes.manager import copy_module
 from shadowc.runtime.cuda import CudaSession
 from shadowc.runtime.lazy import CATCH_UP, LAZY
 from shadowc.runtime.model import ShadowModel
-from shadowc.runtime.program import Program
-from shadowc.runtime.session import KEEP_PREFIXES, Session
+from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
 from shadowc.targets import load_target
 from shadowc.trace import trace
@@ -102,73 +101,6 @@ def random_calibration(shape: ModelShape, rank: int) -> Calibration:
         metrics={}, versions={}, mean_head_scores=torch.zeros(shape.layers, shape.heads),
         mean_neuron_scores=zeros, zero_rate=zeros, weights=dict(network.state_dict()),
     )  # fmt: skip
-
-
-def dejavu(
-    program: Program, shape: ModelShape, share: float, dtype: torch.dtype
-) -> tuple[Program, dict[str, Tensor]]:
-    """A decode program with a predictor before every attention and MLP instead of one for all.
-
-    Each reads the residual stream where it stands: relu(x A^T) B^T of rank 1000 for heads and 512
-    for neurons, then the best units of the layer. Source: DejaVu, Liu et al. 2023 (sizes as in the
-    code that was published with it).
-
-    Args:
-        program: A `decode` program.
-        shape: Of the model.
-        share: Of each layer's units that do not run.
-        dtype: Of the weights.
-
-    Returns:
-        The program, and its new weights without memory.
-    """
-    ops, aten = torch.ops.shadowc, torch.ops.aten
-    graph = copy.deepcopy(program.graph)
-    made: dict[str, Tensor] = {}
-    chosen: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-    inputs = graph.find_nodes(op="placeholder")
-    last_weight = inputs[len(program.weights) - 1]
-
-    def choose(feature: fx.Node, before: fx.Node, units: int, rank: int) -> tuple[fx.Node, ...]:
-        nonlocal last_weight
-        weights = []
-        for size in ((rank, shape.hidden), (units, rank)):
-            name = f"dejavu.{len(made)}"
-            made[name] = torch.empty(size, dtype=dtype, device="meta")
-            with graph.inserting_after(last_weight):
-                last_weight = graph.placeholder(name.replace(".", "_"))
-            weights.append(last_weight)
-        call = graph.call_function
-        with graph.inserting_before(before):
-            code = call(aten.relu.default, (call(ops.linear.default, (feature, weights[0], None)),))
-            scores = call(ops.linear.default, (code, weights[1], None))
-            kept = call(ops.select.default, (scores, round(units * (1 - share)), 0, True))
-            parts = [call(operator.getitem, (kept, i)) for i in range(2)]
-            index, count = (call(aten.select.int, (part, 0, 0)) for part in parts)
-        return index, count
-
-    for node in list(graph.nodes):
-        if node.target is ops.norm_mlp.default:
-            residual = node.args[10]
-            node.args = (*node.args[:-2], *choose(residual, node, shape.ffn, 512))
-        elif node.target is ops.norm_qkv.default and node.args[-2] is not None:
-            stream = next(u for u in node.args[0].args[0].users if u.args[1] == 0)
-            chosen[node.args[-2]] = choose(stream, node, shape.heads, 1000)
-            node.args = (*node.args[:-2], *chosen[node.args[-2]])
-        elif node.target in (ops.decode_attention.default, ops.scaled_out_proj.default):
-            if node.args[-2] is not None:
-                node.args = (*node.args[:-2], *chosen[node.args[-2]])
-    (returned,) = graph.output_node().args
-    kept = [i for i, name in enumerate(program.outputs) if not name.startswith(KEEP_PREFIXES)]
-    graph.output_node().args = (tuple(returned[i] for i in kept),)
-    eliminate_dead_code(graph)
-    graph.lint()
-    return replace(
-        program,
-        graph=graph,
-        weights=(*program.weights, *made),
-        outputs=tuple(program.outputs[i] for i in kept),
-    ), made
 
 
 def random_weights(packed: Mapping[str, Tensor], hidden: int) -> dict[str, Tensor]:
@@ -243,11 +175,9 @@ class Bench:
 
     def with_dejavu(self, share: float) -> Session:
         """The decode program with a predictor before every attention and MLP."""
-        program, new = dejavu(self.session.programs["decode"], self.shape, share, self.dtype)
-        session = self.session.with_program("decode", program)
-        session.predictor_bytes = sum(value.nbytes for value in new.values())
-        session.tensors = {**self.session.tensors, **new}
-        return session
+        session = copy.copy(self.session)
+        session.policy = Policy(share, share)
+        return dejavu_session(session)[0]
 
 
 def player(

@@ -16,7 +16,7 @@ from shadowc import artifact as artifacts
 from shadowc import targets
 from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.store import Calibration
-from shadowc.config import Policy
+from shadowc.config import ModelShape, Policy
 from shadowc.errors import CalibrationError, OptionError
 from shadowc.evaluation.numerics import check_numerics, device_name
 from shadowc.passes.canonicalize import canonicalize
@@ -45,6 +45,7 @@ def compile_model(
     max_seq_len: int | None = None,
     batch_sizes: Sequence[int] = (1,),
     lazy_kv: bool = False,
+    dense_from_batch: int | None = None,
     extra: dict[str, Any] | None = None,
     dump: Path | None = None,
 ) -> artifacts.Artifact:
@@ -60,6 +61,8 @@ def compile_model(
         max_seq_len: S, prompt and generation together; the model's own limit by default.
         batch_sizes: Batches whose decode steps a CUDA artifact holds kernels for.
         lazy_kv: Let keys and values of skipped heads wait, where a batch is one row.
+        dense_from_batch: Rows from which on a CUDA artifact runs every unit; 0 never, None as
+            measured for the target.
         extra: More entries for the manifest.
         dump: Directory for the graphs after every pass.
 
@@ -84,6 +87,14 @@ def compile_model(
             expected="--lazy-kv with a policy that skips heads",
             got="every head runs",
             fix="compile without --lazy-kv",
+        )
+    batch_policy = backend.batch_policy(dense_from_batch)
+    sparse = policy.head_sparsity > 0 or policy.neuron_sparsity > 0
+    if dense_from_batch and not sparse:
+        raise OptionError(
+            "--dense-from-batch does not apply: no batch skips anything",
+            expected="a --sparsity above 0",
+            got=dense_from_batch,
         )
     if calibration is not None:
         check_same_model(loaded, calibration)
@@ -113,6 +124,7 @@ def compile_model(
         "max_seq_len": session.max_seq_len,
         "batch_sizes": list(batch_sizes),
         "lazy_kv": lazy_kv,
+        **(batch_policy if sparse else {}),
         "predictor_bytes": built.predictor_bytes,
         "versions": versions(),
         **(extra or {}),
@@ -175,7 +187,7 @@ def build_programs(
         predictor = calibration.build_predictor()
         if predictor is None:
             static = StaticScores(calibration.mean_head_scores, calibration.mean_neuron_scores)
-            keep = static_keep(static, policy, loaded)
+            keep = static_keep(static, policy, loaded.shape)
             predictor = static
         width = loaded.shape.hidden
         if calibration.feature == "context":
@@ -214,9 +226,9 @@ def build_programs(
     return Built(programs, packed, keep, read)
 
 
-def static_keep(scores: StaticScores, policy: Policy, loaded: LoadedModel) -> dict[str, Tensor]:
+def static_keep(scores: StaticScores, policy: Policy, shape: ModelShape) -> dict[str, Tensor]:
     """The keep sets of mean scores, for one row: index int32 [L, 1, N], count int32 [L, 1]."""
-    shape, local = loaded.shape, policy.scope == "local"
+    local = policy.scope == "local"
     keep: dict[str, Tensor] = {}
     kinds = (
         ("head", scores.heads, policy.heads_kept(shape), policy.min_heads),

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from shadowc.errors import OptionError
 
@@ -99,6 +99,16 @@ class Target(Protocol):
 
         Returns:
             Programs by name (see `runtime.session.PROGRAMS`) and the tensors that they share.
+        """
+
+    def batch_policy(self, dense_from_batch: int | None) -> dict[str, Any]:
+        """From which batch on every unit runs: entries of the manifest.
+
+        Args:
+            dense_from_batch: The user's wish; 0 means never, None what was measured for the target.
+
+        Raises:
+            OptionError: If it does not apply.
         """
 
     def check_session(self, session: Session) -> Session:

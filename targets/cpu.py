@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
 
 from shadowc import native
 from shadowc.config import Policy
+from shadowc.errors import OptionError
 from shadowc.passes.compact_masks import compact_masks
 from shadowc.passes.fuse_rms_norm import fuse_rms_norm
 from shadowc.passes.fuse_sparse_attention import fuse_sparse_attention
@@ -85,6 +87,16 @@ class CpuTarget:
         masked = dialects.masked() if sparse else dialects.plain()
         add("masked", masked, (partial(pack_weights, types=types, packed=packed),))
         return programs, packed
+
+    def batch_policy(self, dense_from_batch: int | None) -> dict[str, Any]:
+        """No batch is better off dense: each row reads only what it keeps."""
+        if dense_from_batch is not None:
+            raise OptionError(
+                "--dense-from-batch does not apply to the cpu target",
+                expected="a CUDA target, on which the rows of a batch share what they read",
+                got=dense_from_batch,
+            )
+        return {}
 
     def check_session(self, session: Session) -> Session:
         """The session as it is."""

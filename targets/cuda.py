@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from shadowc import cuda, native
 from shadowc.config import Policy
+from shadowc.errors import OptionError
 from shadowc.passes.catch_up import catch_up
 from shadowc.passes.compact_masks import compact_masks
 from shadowc.passes.fuse_norms import fuse_norms
@@ -129,6 +130,17 @@ class CudaTarget:
             add("prefill", dialects.scored(), prompt, dtype)
         add("masked", dialects.masked() if sparse else dialects.plain(), (), torch.float32)
         return programs, packed
+
+    def batch_policy(self, dense_from_batch: int | None) -> dict[str, Any]:
+        """What was asked for, or what the profile says was measured."""
+        if dense_from_batch is not None and (dense_from_batch < 0 or dense_from_batch == 1):
+            raise OptionError(
+                "--dense-from-batch is out of range",
+                expected="0 (never) or at least 2 rows: from 1 on nothing would ever be skipped",
+                got=dense_from_batch,
+            )
+        least = self.profile.dense_from_batch if dense_from_batch is None else dense_from_batch
+        return {"dense_from_batch": least or None, "dense_program": self.profile.dense_program}
 
     def check_session(self, session: Session) -> Session:
         """On the target's GPU if it is here, otherwise on the ops' references on the CPU."""

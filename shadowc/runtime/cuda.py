@@ -7,6 +7,7 @@ other, with the graphs that were captured over it.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from shadowc.runtime.session import KEEP_PREFIXES, Session
 #: Programs that are made for one token.
 STEPS = ("decode", "hold", "exact", "full", *LAZY.values())
 _WARM_UPS = 2
+_log = logging.getLogger(__name__)
 
 
 class Memory:
@@ -90,6 +92,7 @@ class CudaSession(Session):
     _profile: str
     _jit: bool
     _free: dict[int, list[Memory]]
+    _stated = False
 
     @classmethod
     def of(
@@ -112,6 +115,8 @@ class CudaSession(Session):
         )  # fmt: skip
         made.batch_sizes, made._free, made._device = tuple(batch_sizes), {}, device
         made._profile, made._jit = profile, jit
+        made.dense_from_batch = session.dense_from_batch
+        made.dense_program = session.dense_program
         return made
 
     @property
@@ -130,13 +135,13 @@ class CudaSession(Session):
         Raises:
             LengthError: If no captured batch size is large enough.
         """
-        rows = next((size for size in sorted(self.batch_sizes) if size >= batch), None)
-        if rows is None:
-            raise LengthError(
-                "the batch is larger than the decode steps of this artifact",
-                expected=f"at most {max(self.batch_sizes)} rows (beams count)",
-                got=batch,
-                fix="generate in smaller batches, or compile with larger --batch-sizes",
+        rows = self._rows(batch)
+        if self._is_dense(rows) and not self._stated:
+            self._stated = True
+            _log.warning(
+                "%s: every unit runs, by program %s; sparse below",
+                self.policy_in_effect(batch),
+                self.dense_program,
             )
         capacity = capacity or self.max_seq_len
         if capacity > self.max_seq_len:
@@ -152,6 +157,37 @@ class CudaSession(Session):
         cache = CudaCache(memory, batch, capacity)
         weakref.finalize(cache, free.append, memory)
         return cache
+
+    def _rows(self, batch: int) -> int:
+        """Rows of the captured steps that run a batch."""
+        rows = next((size for size in sorted(self.batch_sizes) if size >= batch), None)
+        if rows is None:
+            raise LengthError(
+                "the batch is larger than the decode steps of this artifact",
+                expected=f"at most {max(self.batch_sizes)} rows (beams count)",
+                got=batch,
+                fix="use smaller batches, or compile with larger --batch-sizes",
+            )
+        return rows
+
+    def _is_dense(self, rows: int) -> bool:
+        """Whether steps of that captured size run every unit though the policy skips some."""
+        least = self.dense_from_batch
+        return self.skips_units and least is not None and rows >= least
+
+    def policy_in_effect(self, batch: int) -> str:
+        """As `Session.policy_in_effect`; where rows share what they read, the batch decides."""
+        rows = self._rows(batch)
+        if self._is_dense(rows):
+            return f"dense (batch {rows} >= {self.dense_from_batch})"
+        return super().policy_in_effect(batch)
+
+    def step_program(self, cache: KVCache) -> str:
+        """As `Session.step_program`; from `dense_from_batch` rows on the dense one."""
+        assert isinstance(cache, CudaCache)
+        if self._is_dense(cache.memory.rows):
+            return self.dense_program
+        return super().step_program(cache)
 
     def _new_memory(self, rows: int) -> Memory:
         try:
@@ -198,6 +234,8 @@ class CudaSession(Session):
         cache.length += tokens
         cache.steps = 0 if prompt else cache.steps + 1
         held = {key: value[:, : cache.batch] for key, value in memory.keep.items()}
+        if name == self.dense_program:
+            held = {}  # it ran without any
         cache.keep = held | {k: v for k, v in results.items() if k.startswith(KEEP_PREFIXES)}
         return results
 

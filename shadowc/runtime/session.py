@@ -63,6 +63,10 @@ class Session:
 
     #: Whether a step only starts work, so that it pays to launch the next one early.
     runs_ahead = False
+    #: Steps of at least so many rows run every unit (on a GPU, where rows share what they read),
+    #: by that program; None means that none does.
+    dense_from_batch: int | None = None
+    dense_program = "full"
 
     @property
     def device(self) -> torch.device:
@@ -188,16 +192,26 @@ class Session:
         return results
 
     @property
+    def skips_units(self) -> bool:
+        """Whether the policy skips any unit."""
+        return self.policy.head_sparsity > 0 or self.policy.neuron_sparsity > 0
+
+    def policy_in_effect(self, batch: int) -> str:
+        """What decodes a batch of so many rows: `sparse`, `exact`, or `dense` and why."""
+        if self.skips_units:
+            return "sparse"
+        return "exact" if "exact" in self.programs else "dense"
+
+    @property
     def prompt_program(self) -> str:
         """Name of the program that a prompt runs."""
         predicted = self.policy.refresh != 1 and not self.static_keep
-        sparse = self.policy.head_sparsity > 0 or self.policy.neuron_sparsity > 0
-        return "prefill" if predicted and sparse else "dense"
+        return "prefill" if predicted and self.skips_units else "dense"
 
     def step_program(self, cache: KVCache) -> str:
         """Name of the program that the next token of a cache runs."""
         policy = self.policy
-        if policy.head_sparsity == policy.neuron_sparsity == 0:
+        if not self.skips_units:
             # SwiGLU has no exact zeros.
             return next(name for name in ("exact", "full", "dense") if name in self.programs)
         if self.static_keep:

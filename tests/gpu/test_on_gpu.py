@@ -13,7 +13,8 @@ from shadowc.calibration.data import calibration_examples
 from shadowc.calibration.fit import FitOptions, calibrate
 from shadowc.compiler import build_programs, compile_model
 from shadowc.config import Policy
-from shadowc.errors import KernelError, ModelError
+from shadowc.errors import KernelError, ModelError, OptionError
+from shadowc.evaluation.bench import bench
 from shadowc.evaluation.masks import teacher_forced, with_given_masks
 from shadowc.evaluation.numerics import masks_of
 from shadowc.kernels import norm_linear, norm_mlp, norm_qkv, scale, scaled_out_proj
@@ -297,6 +298,40 @@ def test_an_artifact_runs_with_the_kernels_it_holds(books, tmp_path, lazy_kv):
     alone = model.tokenizer("It was", return_tensors="pt").to("cuda")
     first = model.generate(**alone, max_new_tokens=40, do_sample=False)
     assert torch.equal(first, model.generate(**alone, max_new_tokens=40, do_sample=False))
+    cuda.clear_images()
+
+
+def test_bench_and_batches_that_run_dense(books, tmp_path):
+    loaded, found, _ = books
+    made = compile_model(
+        loaded, found, Policy(0.5, 0.5), tmp_path / "own", target=HERE, dtype=torch.float16,
+        max_seq_len=128, batch_sizes=(1, 2), dense_from_batch=2,
+    )  # fmt: skip
+    options = {"prompt_len": 32, "new_tokens": 32, "hugging_face": False}
+    with pytest.raises(OptionError, match="--allow-jit"):
+        bench(made, against=("dejavu",), **options)
+    names = ("exact", "static", "dejavu")
+    alone = bench(made, against=names, allow_jit=True, **options)
+    assert alone["policy_in_effect"] == "sparse"
+    assert set(names) <= set(alone["variants"]) and alone["left_out"] == {}
+    static, dejavu = alone["variants"]["static"], alone["variants"]["dejavu"]
+    assert static["bytes"] < dejavu["bytes"]
+    two = bench(made, batch=2, **options)
+    assert two["policy_in_effect"] == "dense (batch 2 >= 2)" and two["neurons_read_share"] == 1
+    with pytest.raises(OptionError, match="at most 2"):
+        bench(made, batch=3, **options)
+    cuda.clear_images()
+
+
+def test_transformers_compiled(books, tmp_path):
+    loaded, found, _ = books
+    made = compile_model(
+        loaded, found, Policy(0.5, 0.5), tmp_path / "own", target=HERE, dtype=torch.float16,
+        max_seq_len=128,
+    )  # fmt: skip
+    result = bench(made, against=("hf", "hf-compiled"), prompt_len=32, new_tokens=32)
+    assert result["hugging_face_compiled_ms_per_token"] > 0 and result["left_out"] == {}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     cuda.clear_images()
 
 

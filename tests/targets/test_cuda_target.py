@@ -27,7 +27,10 @@ from shadowc.artifact import MANIFEST, open_artifact
 from shadowc.compiler import build_programs, compile_model
 from shadowc.config import Policy
 from shadowc.errors import ArtifactError, KernelError, LengthError, NumericsError, OptionError
+from shadowc.evaluation import bench
+from shadowc.evaluation.baselines import dejavu_session, static_session
 from shadowc.evaluation.numerics import check_numerics
+from shadowc.evaluation.report import describe_artifact
 from shadowc.passes.manager import copy_module
 from shadowc.runtime.cuda import CudaSession
 from shadowc.runtime.loading import load_session
@@ -766,3 +769,135 @@ def test_bytes_of_a_batch_are_those_of_the_union(tiny_opt):
     attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.hidden
     assert usage.layer_bytes == 2 * shape.layers * (attention + 20 * 2 * shape.hidden)
     assert usage.neuron_sparsity == 1 - 10 / shape.ffn
+    assert usage.neurons_read_share == usage.to_json()["neurons_read_share"] == 20 / shape.ffn
+
+
+# --- Batches that run dense ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", ["full", "dense"])
+@pytest.mark.parametrize("name", ["token", "every 3", "prompt", "static"])
+def test_from_a_batch_on_every_unit_runs(tiny, played, caplog, name, program):
+    session = lowered(tiny, name, dtype=FULL)
+    graphs = played(session)
+    graphs.dense_from_batch, graphs.dense_program = 4, program
+    assert [graphs.policy_in_effect(batch) for batch in (1, 2, 3, 4)] == [
+        "sparse", "sparse", "dense (batch 4 >= 4)", "dense (batch 4 >= 4)",
+    ]  # fmt: skip
+    ids = tiny.ids(batch=3, tokens=8)
+    want, _ = generate(lowered(tiny, "dense", dtype=FULL), ids)  # zero rows are zero in any
+    got, cache = generate(graphs, ids)  # 3 rows run as 4
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert list(cache.memory.graphs) == [program] and not cache.keep
+    usage = Usage(tiny.shape, 4, session.predictor_bytes, rows_share=True)
+    usage.add(graphs.step(ids[:, :1], cache))
+    assert usage.neurons_read_share == 1 and usage.weight_bytes_skipped == 0
+    assert usage.head_sparsity == usage.neuron_sparsity == usage.predictor_bytes == 0
+
+    got, cache = generate(graphs, ids[:2])
+    want, _ = generate(session, ids[:2])
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert not {"full", "dense"} & set(cache.memory.graphs)
+    said = [record.getMessage() for record in caplog.records if "dense" in record.getMessage()]
+    assert said == [f"dense (batch 4 >= 4): every unit runs, by program {program}; sparse below"]
+
+
+def test_what_is_asked_for_by_name_runs_whatever_the_batch(tiny_opt, played):
+    graphs, ids = played(lowered(tiny_opt, dtype=FULL)), tiny_opt.ids(batch=4, tokens=6)
+    graphs.dense_from_batch = 2
+    _, cache = generate(graphs, ids)
+    graphs.step(ids[:, :1], cache, program="decode")
+    assert list(cache.memory.graphs) == ["full", "decode"] and cache.keep
+
+
+def test_an_artifact_that_skips_nothing_has_no_batch_to_switch_at(tiny, played):
+    graphs = played(lowered(tiny, "dense", dtype=FULL))
+    graphs.dense_from_batch = 2
+    assert graphs.policy_in_effect(4) == ("dense" if tiny.shape.gated else "exact")
+    assert graphs._stated is False
+
+
+def test_the_manifest_says_from_which_batch_on(monkeypatch):
+    backend = load_target("h100")
+    never = {"dense_from_batch": None, "dense_program": "full"}
+    assert backend.batch_policy(0) == never
+    assert backend.batch_policy(6) == {"dense_from_batch": 6, "dense_program": "full"}
+    measured = dataclasses.replace(backend.profile, dense_from_batch=8, dense_program="dense")
+    monkeypatch.setattr(backend, "profile", measured)
+    assert backend.batch_policy(None) == {"dense_from_batch": 8, "dense_program": "dense"}
+    assert backend.batch_policy(0)["dense_from_batch"] is None
+    for wrong in (-1, 1):
+        with pytest.raises(OptionError, match="--dense-from-batch is out of range"):
+            backend.batch_policy(wrong)
+    with pytest.raises(OptionError, match="cpu target"):
+        load_target("cpu").batch_policy(4)
+
+
+def test_a_switch_that_nothing_skips_is_refused(tiny_opt, tmp_path):
+    with pytest.raises(OptionError, match="no batch skips anything"):
+        compile_model(
+            tiny_opt.loaded, None, Policy(0.0, 0.0), tmp_path / "a", target="h100",
+            dense_from_batch=4,
+        )  # fmt: skip
+
+
+def test_loading_follows_the_manifest(copy, monkeypatch):
+    backend = load_target("a100")
+    monkeypatch.setattr(type(backend), "serve", lambda self, session, *rest, **more: session)
+
+    def edit(**entries):
+        manifest = json.loads((copy / MANIFEST).read_text()) | entries
+        (copy / MANIFEST).write_text(json.dumps(manifest))
+        return open_artifact(copy)
+
+    artifact = open_artifact(copy)
+    assert artifact.manifest["dense_from_batch"] is None  # not measured
+    assert load_session(artifact).dense_from_batch is None
+    assert describe_artifact(artifact)["policy_in_effect"] == "sparse"
+    artifact = edit(dense_from_batch=4, dense_program="dense")
+    session = load_session(artifact)
+    assert (session.dense_from_batch, session.dense_program) == (4, "dense")
+    found = describe_artifact(artifact)
+    assert found["policy_in_effect"] == "sparse; dense (batch >= 4, program dense)"
+    assert found["dense_from_batch"] == 4
+    with pytest.raises(ArtifactError, match="no program 'magic'"):
+        load_session(edit(dense_program="magic"))
+    with pytest.raises(ArtifactError, match="not a manifest"):
+        load_session(edit(dense_from_batch="many"))
+
+
+def test_a_batch_without_kernels_is_not_measured(artifact):
+    with pytest.raises(OptionError, match=r"(?s)--batch is larger.*at most 1.*--batch-sizes"):
+        bench.bench(open_artifact(artifact), batch=2)
+
+
+def test_dejavu_needs_kernels_that_no_artifact_has(tiny_opt, played):
+    session = played(lowered(tiny_opt, dtype=FULL))
+    session._device = torch.device("cuda")
+    with pytest.raises(OptionError, match=r"(?s)'dejavu'.*--allow-jit"):
+        bench._dejavu(session, tiny_opt.ids(1, 4), 16, False)
+
+
+def test_static_finds_its_kernels(tiny):
+    """Its program is not in the artifact, but made of what `decode` launches."""
+    session = lowered(tiny)
+    for batch in (1, 2):
+        own = record(session, batch)
+        assert set(record(static_session(session), batch)) <= set(own)
+
+
+def test_baselines_run_as_graphs(tiny, played):
+    """What bench runs on a GPU, beside the artifact's own steps."""
+    session, ids = lowered(tiny, "every 3", dtype=FULL), tiny.ids(batch=2, tokens=8)
+    graphs = played(session)
+    graphs.dense_from_batch = 2  # whatever the artifact itself does with this batch
+    for make, program in ((static_session, "hold"), (dejavu_session, "decode")):
+        found = []
+        for one in (session, graphs):
+            other = make(one)
+            if program == "decode":
+                other, new = other
+                other.tensors |= {k: torch.ones(v.shape) for k, v in new.items()}
+            variant = bench._own(other, ids[:, :4], 16, program)
+            found.append(torch.cat([variant.step(ids[:, t : t + 1])["logits"] for t in (4, 5)], 1))
+        torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
