@@ -52,8 +52,6 @@ def attention_kernel(
 ):  # fmt: skip
     """Grid (SPLITS, H, B); partial [B, H, SPLITS, BD + 2], arrived [B, H] zero before and after."""
     split, place, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
-        follow()
     head, kept = place, H
     if index_ptr is not None:
         head = tl.load(index_ptr + row * H + place)
@@ -66,6 +64,8 @@ def attention_kernel(
     active = tl.cdiv(length, chunk)
     if split >= active:
         return
+    if PDL:
+        follow()  # keep sets and the position are older than the kernel in front
     d = tl.arange(0, BD)
     inside = d < D
     if cos_ptr is not None:
