@@ -24,6 +24,7 @@ bench: $(STAMP)
 
 # On a machine with a GPU whose Python has torch for CUDA, Triton and transformers: no install.
 gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest --import-mode=importlib tests/gpu
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py --json benchmarks/results/gpu.json
 

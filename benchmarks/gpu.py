@@ -9,6 +9,8 @@ and figures are medians of rounds.
                CUDA graphs
     exact      every unit, rows of exactly zero activations not read (ReLU)
     30%, ...   that share of heads and of neurons skipped, as executed, zero rows not read
+    lazy K/V   keys and values of skipped heads wait; every position, with a new token at each, as
+               what waits depends on the masks of the tokens before
     DejaVu     two-layer predictors of the published ranks before every attention and MLP, top-k in
                every layer, 50% of the units, the same kernels otherwise
     batch B    B rows a step; neurons that any row keeps are read once, heads skip in attention
@@ -24,7 +26,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import operator
 import shlex
 import statistics
 import sys
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from transformers import GenerationConfig
 
 from shadowc import cuda
@@ -44,12 +45,13 @@ from shadowc.calibration.quantiles import QUANTILES
 from shadowc.calibration.store import Calibration
 from shadowc.compiler import build_programs
 from shadowc.config import ModelShape, Policy
+from shadowc.evaluation.baselines import dejavu_session
 from shadowc.models import FAMILIES, LoadedModel, ModelSource, known_config, model_shape
-from shadowc.passes.manager import copy_module, eliminate_dead_code
+from shadowc.passes.manager import copy_module
 from shadowc.runtime.cuda import CudaSession
+from shadowc.runtime.lazy import CATCH_UP, LAZY
 from shadowc.runtime.model import ShadowModel
-from shadowc.runtime.program import Program
-from shadowc.runtime.session import KEEP_PREFIXES, Session
+from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
 from shadowc.targets import load_target
 from shadowc.trace import trace
@@ -101,73 +103,6 @@ def random_calibration(shape: ModelShape, rank: int) -> Calibration:
     )  # fmt: skip
 
 
-def dejavu(
-    program: Program, shape: ModelShape, share: float, dtype: torch.dtype
-) -> tuple[Program, dict[str, Tensor]]:
-    """A decode program with a predictor before every attention and MLP instead of one for all.
-
-    Each reads the residual stream where it stands: relu(x A^T) B^T of rank 1000 for heads and 512
-    for neurons, then the best units of the layer. Source: DejaVu, Liu et al. 2023 (sizes as in the
-    code that was published with it).
-
-    Args:
-        program: A `decode` program.
-        shape: Of the model.
-        share: Of each layer's units that do not run.
-        dtype: Of the weights.
-
-    Returns:
-        The program, and its new weights without memory.
-    """
-    ops, aten = torch.ops.shadowc, torch.ops.aten
-    graph = copy.deepcopy(program.graph)
-    made: dict[str, Tensor] = {}
-    chosen: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-    inputs = graph.find_nodes(op="placeholder")
-    last_weight = inputs[len(program.weights) - 1]
-
-    def choose(feature: fx.Node, before: fx.Node, units: int, rank: int) -> tuple[fx.Node, ...]:
-        nonlocal last_weight
-        weights = []
-        for size in ((rank, shape.hidden), (units, rank)):
-            name = f"dejavu.{len(made)}"
-            made[name] = torch.empty(size, dtype=dtype, device="meta")
-            with graph.inserting_after(last_weight):
-                last_weight = graph.placeholder(name.replace(".", "_"))
-            weights.append(last_weight)
-        call = graph.call_function
-        with graph.inserting_before(before):
-            code = call(aten.relu.default, (call(ops.linear.default, (feature, weights[0], None)),))
-            scores = call(ops.linear.default, (code, weights[1], None))
-            kept = call(ops.select.default, (scores, round(units * (1 - share)), 0, True))
-            parts = [call(operator.getitem, (kept, i)) for i in range(2)]
-            index, count = (call(aten.select.int, (part, 0, 0)) for part in parts)
-        return index, count
-
-    for node in list(graph.nodes):
-        if node.target is ops.norm_mlp.default:
-            residual = node.args[10]
-            node.args = (*node.args[:-2], *choose(residual, node, shape.ffn, 512))
-        elif node.target is ops.norm_qkv.default and node.args[-2] is not None:
-            stream = next(u for u in node.args[0].args[0].users if u.args[1] == 0)
-            chosen[node.args[-2]] = choose(stream, node, shape.heads, 1000)
-            node.args = (*node.args[:-2], *chosen[node.args[-2]])
-        elif node.target in (ops.decode_attention.default, ops.scaled_out_proj.default):
-            if node.args[-2] is not None:
-                node.args = (*node.args[:-2], *chosen[node.args[-2]])
-    (returned,) = graph.output_node().args
-    kept = [i for i, name in enumerate(program.outputs) if not name.startswith(KEEP_PREFIXES)]
-    graph.output_node().args = (tuple(returned[i] for i in kept),)
-    eliminate_dead_code(graph)
-    graph.lint()
-    return replace(
-        program,
-        graph=graph,
-        weights=(*program.weights, *made),
-        outputs=tuple(program.outputs[i] for i in kept),
-    ), made
-
-
 def random_weights(packed: Mapping[str, Tensor], hidden: int) -> dict[str, Tensor]:
     """Weights on the GPU for tensors that have none."""
     made: dict[str, Tensor] = {}
@@ -208,8 +143,9 @@ class Bench:
         traced = trace(loaded.model).module(check_guards=False)
         calibration = random_calibration(self.shape, rank)
         built = build_programs(
-            copy_module(traced), loaded, calibration, self.policy, load_target("h100"), dtype
-        )
+            copy_module(traced), loaded, calibration, self.policy, load_target("h100"), dtype,
+            lazy_kv=True,
+        )  # fmt: skip
         self.session = Session(
             self.shape, self.policy, built.programs, built.packed, {}, slots, built.predictor_bytes
         )
@@ -218,51 +154,57 @@ class Bench:
         """Make the weights."""
         self.session.tensors = random_weights(self.session.tensors, self.shape.hidden)
 
-    def with_budget(self, share: float) -> CudaSession:
-        """The decode program with another number of units kept."""
+    def with_budget(self, share: float, *, lazy: bool = False) -> CudaSession:
+        """The decode programs with another number of units kept, the lazy one among them or not."""
         policy = Policy(share, share)
-        program = self.session.programs["decode"]
-        graph = copy.deepcopy(program.graph)
-        selects = graph.find_nodes(
-            op="call_function", target=torch.ops.shadowc.select.default, sort=True
-        )
         before = self.policy.heads_kept(self.shape), self.policy.neurons_kept(self.shape)
         after = policy.heads_kept(self.shape), policy.neurons_kept(self.shape)
-        for node in selects:
-            node.args = (node.args[0], after[before.index(node.args[1])], *node.args[2:])
-        session = self.session.with_program("decode", replace(program, graph=graph))
-        session.policy = policy
+        session = copy.copy(self.session)
+        session.programs, session._bound, session.policy = {}, {}, policy
+        for name, program in self.session.programs.items():
+            if not lazy and name in (*LAZY.values(), CATCH_UP):
+                continue
+            graph = copy.deepcopy(program.graph)
+            selects = graph.find_nodes(
+                op="call_function", target=torch.ops.shadowc.select.default, sort=True
+            )
+            for node in selects:
+                node.args = (node.args[0], after[before.index(node.args[1])], *node.args[2:])
+            session.programs[name] = replace(program, graph=graph)
         return CudaSession.of(session, self.batches, cuda.profile().name, jit=self.jit)
 
     def with_dejavu(self, share: float) -> Session:
         """The decode program with a predictor before every attention and MLP."""
-        program, new = dejavu(self.session.programs["decode"], self.shape, share, self.dtype)
-        session = self.session.with_program("decode", program)
-        session.predictor_bytes = sum(value.nbytes for value in new.values())
-        session.tensors = {**self.session.tensors, **new}
-        return session
+        session = copy.copy(self.session)
+        session.policy = Policy(share, share)
+        return dejavu_session(session)[0]
 
 
 def player(
     session: CudaSession, program: str, batch: int = 1, prompt: int = PROMPT
-) -> tuple[Callable[[], None], Usage, Any]:
-    """What plays a variant's steps over every STRIDE-th position; and what it ran."""
+) -> tuple[Callable[[], int], Usage, Any]:
+    """What plays a variant's steps and says how many; and what it ran."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, session.shape.vocab, (batch, 1), generator=generator)
+    ids = torch.randint(5, session.shape.vocab, (NEW, batch, 1), generator=generator)
+    ids, lazy = ids.to(session.device), program in LAZY.values()
     cache = session.new_cache(batch)
     for layer in cache.tensors:
         layer.normal_(0, 0.5)
     cache.length = prompt
     usage = Usage.of(session)
-    for _ in range(3):  # captures on the first
-        usage.add(session.step(ids, cache, program=program))
+    for token in ids[: NEW if lazy else 3]:  # captures on the first
+        usage.add(session.step(token, cache, program=program))
     graph = cache.memory.graphs[program][0]
-    position = cache.memory.position
+    memory = cache.memory
 
-    def play() -> None:
-        for slot in range(prompt, prompt + NEW, STRIDE):
-            position.fill_(slot)
+    def play() -> int:
+        places = range(0, NEW, 1 if lazy else STRIDE)
+        for place in places:
+            memory.position.fill_(prompt + place)
+            if lazy:
+                memory.ids.copy_(ids[place])
             graph.replay()
+        return len(places)
 
     return play, usage, cache
 
@@ -293,7 +235,7 @@ def pairs(session: CudaSession, batch: int, prompt: int) -> dict[str, float]:
     return timed({name: play for name, (play, _, _) in made.items()})
 
 
-def timed(plays: Mapping[str, Callable[[], None]], rounds: int = ROUNDS) -> dict[str, float]:
+def timed(plays: Mapping[str, Callable[[], int]], rounds: int = ROUNDS) -> dict[str, float]:
     """Milliseconds a step of each variant, medians of interleaved rounds."""
     times: dict[str, list[float]] = {name: [] for name in plays}
     for play in plays.values():
@@ -303,10 +245,10 @@ def timed(plays: Mapping[str, Callable[[], None]], rounds: int = ROUNDS) -> dict
             torch.cuda.synchronize()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            play()
+            steps = play()
             end.record()
             torch.cuda.synchronize()
-            times[name].append(begin.elapsed_time(end) * STRIDE / NEW)
+            times[name].append(begin.elapsed_time(end) / steps)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -328,7 +270,7 @@ def must_read(session: CudaSession, usage: Usage, program: str, slots: float) ->
     """Bytes that a token of a batch of one must read."""
     shape, item = session.shape, usage.element_size
     head = shape.vocab * shape.hidden * item
-    predictor = session.predictor_bytes if program == "decode" else 0.0
+    predictor = session.predictor_bytes if program in ("decode", "lazy") else 0.0
     kept = float(usage.heads.sum()) / max(usage.tokens, 1)
     cache = 2 * kept * slots * shape.head_dim * item * shape.kv_heads / shape.heads
     return usage.layer_bytes + predictor + head + cache
@@ -352,6 +294,7 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
     if "exact" in plain.programs:
         made["exact"] = (plain, "exact")
     made |= {f"{share:.0%}": (bench.with_budget(share), "decode") for share in options.sparsities}
+    made["50%, lazy K/V"] = (bench.with_budget(0.5, lazy=True), "lazy")
     if options.dejavu:
         session = bench.with_dejavu(0.5)
         session.tensors = random_weights(session.tensors, bench.shape.hidden)
@@ -366,7 +309,7 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
     relu = bench.shape.activation == "relu"
     if relu and options.zeros:
         shift_biases(plain.tensors, -QUANTILE_95)
-        keep = ("exact", "50%")
+        keep = ("exact", "50%", "50%, lazy K/V")
         zeros = {k: v for k, v in made.items() if k in keep or k.startswith("dense, our")}
         rows += [
             Row(f"{row.name}, 95% zeros", row.ms, row.gigabytes, row.heads, row.neurons, row.rows)

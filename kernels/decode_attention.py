@@ -5,12 +5,13 @@
     ctx[b, t, h] = sum_s softmax_s(scale * q'[b, t, h] . k_cache[b, g, s]) v_cache[b, g, s]
                    over slots start[b] <= s <= position + t, g = h // (H / G), kept heads h, else 0
 
-q [B, T, H*D], k and v [B, T, G*D], cos and sin [B, T, D] float32 or None; k_cache, v_cache [B', G,
-S, D] with B' >= B, updated in place; start int64 [B], the row's first valid slot (left padding);
-position int64 [1]; index int32 [B, H] ascending, of which the first count[b] (int32 [B]) count;
-both None = all heads. Caches are float32 on a CPU and have the type of q on CUDA. D is a multiple
-of 8, up to 256. -> ctx [B, T, H*D] in the type of q, zeros also for tokens before their row's
-start. One token runs in a kernel of ours; a prompt runs as torch's own attention.
+q [B, T, H*D], k and v [B, T, G*D] or both None (the cache has them already: see `lazy_qkv`), cos
+and sin [B, T, D] float32 or None; k_cache, v_cache [B', G, S, D] with B' >= B, updated in place;
+start int64 [B], the row's first valid slot (left padding); position int64 [1]; index int32 [B, H]
+ascending, of which the first count[b] (int32 [B]) count; both None = all heads. Caches are float32
+on a CPU and have the type of q on CUDA. D is a multiple of 8, up to 256. -> ctx [B, T, H*D] in the
+type of q, zeros also for tokens before their row's start. One token runs in a kernel of ours; a
+prompt, and on a CPU a token without k and v, runs as torch's own attention.
 
 Source: Su et al. 2021, "RoFormer" (rotary, in the rotate-half form of Llama).
 """
@@ -46,8 +47,8 @@ def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
 
 def decode_attention_reference(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     k_cache: Tensor,
@@ -64,9 +65,10 @@ def decode_attention_reference(
     first = int(position)
     end = first + tokens
     query = _rotate(q.view(batch, tokens, -1, head_dim), cos, sin).transpose(1, 2)
-    key = _rotate(k.view(batch, tokens, groups, head_dim), cos, sin).transpose(1, 2)
-    k_cache[:batch, :, first:end] = key
-    v_cache[:batch, :, first:end] = v.view(batch, tokens, groups, head_dim).transpose(1, 2)
+    if k is not None and v is not None:
+        key = _rotate(k.view(batch, tokens, groups, head_dim), cos, sin).transpose(1, 2)
+        k_cache[:batch, :, first:end] = key
+        v_cache[:batch, :, first:end] = v.view(batch, tokens, groups, head_dim).transpose(1, 2)
     slots = torch.arange(end, device=q.device)
     causal = slots <= torch.arange(first, end, device=q.device)[:, None]  # [T, slots]
     allowed = causal & (slots >= start[:, None, None])  # [B, T, slots]
@@ -89,8 +91,8 @@ def decode_attention_reference(
 
 def _decode_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     k_cache: Tensor,
@@ -119,15 +121,17 @@ def _decode_attention(
         )
     if (cos is None) != (sin is None):
         raise KernelError("rotary is cos and sin together", expected="both or neither")
+    if (k is None) != (v is None):
+        raise KernelError("new keys and values come together", expected="both or neither")
     heads = width // head_dim
     if q.dtype in (torch.float16, torch.bfloat16):
         return _decode_attention(
-            q.float(), k.float(), v.float(), cos, sin, k_cache, v_cache, start, position, scale,
-            index, count,
+            q.float(), None if k is None else k.float(), None if v is None else v.float(), cos, sin,
+            k_cache, v_cache, start, position, scale, index, count,
         ).to(q.dtype)  # fmt: skip
     check("q", q, torch.float32, batch, tokens, width)
-    check("k", k, torch.float32, batch, tokens, groups * head_dim)
-    check("v", v, torch.float32, batch, tokens, groups * head_dim)
+    check_optional("k", k, torch.float32, batch, tokens, groups * head_dim)
+    check_optional("v", v, torch.float32, batch, tokens, groups * head_dim)
     check_optional("cos", cos, torch.float32, batch, tokens, head_dim)
     check_optional("sin", sin, torch.float32, batch, tokens, head_dim)
     check("k_cache", k_cache, torch.float32, rows, groups, slots, head_dim)
@@ -135,12 +139,13 @@ def _decode_attention(
     check("start", start, torch.int64, batch)
     check("position", position, torch.int64, 1)
     check_keep(index, count, batch, heads)
-    if tokens == 1:
+    native = tokens == 1 and k is not None and v is not None
+    if native:
         ctx = torch.empty_like(q)
         outside = _native(
             q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
+            pointer(k),
+            pointer(v),
             pointer(cos),
             pointer(sin),
             k_cache.data_ptr(),
@@ -168,7 +173,7 @@ def _decode_attention(
             expected=f"room for {tokens} tokens in {slots} slots",
             got=int(position),
         )
-    if tokens == 1:
+    if native:
         return ctx
     return decode_attention_reference(
         q, k, v, cos, sin, k_cache, v_cache, start, position, scale, index, count
@@ -177,8 +182,8 @@ def _decode_attention(
 
 def _decode_attention_cuda(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     k_cache: Tensor,
@@ -196,15 +201,16 @@ def _decode_attention_cuda(
     from shadowc.kernels.cuda.attention import attention
 
     return attention(
-        q[:, 0], k[:, 0], v[:, 0], None if cos is None else cos[:, 0],
-        None if sin is None else sin[:, 0], k_cache, v_cache, start, position, scale, index, count,
+        q[:, 0], None if k is None else k[:, 0], None if v is None else v[:, 0],
+        None if cos is None else cos[:, 0], None if sin is None else sin[:, 0],
+        k_cache, v_cache, start, position, scale, index, count,
     )[:, None]  # fmt: skip
 
 
 def _decode_attention_fake(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     k_cache: Tensor,
@@ -219,9 +225,9 @@ def _decode_attention_fake(
 
 
 register(
-    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor(a!) k_cache, "
-    "Tensor(b!) v_cache, Tensor start, Tensor position, float scale, Tensor? index, Tensor? count) "
-    "-> Tensor",
+    "decode_attention(Tensor q, Tensor? k, Tensor? v, Tensor? cos, Tensor? sin, "
+    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor start, Tensor position, float scale, "
+    "Tensor? index, Tensor? count) -> Tensor",
     _decode_attention,
     _decode_attention_fake,
     cuda=_decode_attention_cuda,

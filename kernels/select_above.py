@@ -17,7 +17,9 @@ _native = function("select_above", "4P 3q i")
 
 def select_above_reference(scores: Tensor, threshold: Tensor) -> Tensor:
     """The kept units as a mask: scores [..., L, N], threshold [L] -> bool [..., L, N]."""
-    return scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf) > threshold[:, None]
+    return (
+        scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf) > threshold[:, None]
+    )
 
 
 def _check(scores: Tensor, threshold: Tensor) -> None:

@@ -77,7 +77,7 @@ def _sizes_of_ids(module: fx.GraphModule) -> bool:
 def _remove_identities(module: fx.GraphModule) -> bool:
     changed = False
     for node in list(module.graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default:
+        if node.target in (aten._assert_tensor_metadata.default, aten._assert_scalar.default):
             module.graph.erase_node(node)
             changed = True
         elif node.target in _IDENTITY or (node.target in _CASTS and _float_to_float(node)):

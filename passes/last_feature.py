@@ -29,7 +29,9 @@ def last_feature(module: fx.GraphModule) -> bool:
     keep = blocks_of(module).keep
     if keep is None or not keep.readers:
         return False
-    used = {user.target for masks in keep.masks.values() for m in masks.values() for user in m.users}
+    used = {
+        user.target for masks in keep.masks.values() for m in masks.values() for user in m.users
+    }
     if used - {aten.stack.default}:  # what the graph returns
         raise PassError("last_feature: masks of all tokens are in use")
     call = module.graph.call_function

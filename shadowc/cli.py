@@ -48,7 +48,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What compile wrote.")]
 AllowJit = Annotated[
-    bool, typer.Option("--allow-jit", help="Run on another GPU than the target's.")
+    bool,
+    typer.Option("--allow-jit", help="Compile what the artifact lacks for this GPU, whichever."),
 ]
 Output = Annotated[Path | None, typer.Option(help="Directory to write.", show_default=False)]
 Data = Annotated[
@@ -246,6 +247,20 @@ def compile_(
     batch_sizes: Annotated[
         str, typer.Option(help="Batches that CUDA targets decode, each with kernels of its own.")
     ] = "1,2,4,8",
+    lazy_kv: Annotated[
+        bool,
+        typer.Option(
+            "--lazy-kv/--no-lazy-kv",
+            help="Leave keys and values of skipped heads to later (CUDA targets, batch 1).",
+        ),
+    ] = False,
+    dense_from_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="CUDA: batches from this size on skip nothing; 0: never.",
+            show_default="as measured on the GPU",
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="The model, where the calibration's name no longer finds it.")
     ] = None,
@@ -269,7 +284,7 @@ def compile_(
         from shadowc.models import load_model, slug
         from shadowc.selection import default_selection
 
-        targets.load_target(target)
+        targets.load_target(target, lazy_kv=lazy_kv)
         dense = policy.head_sparsity == policy.neuron_sparsity == 0 and budget == "units"
         chosen: Calibration | None = None
         if calibration is not None or not (dense and model):
@@ -291,7 +306,7 @@ def compile_(
                 parts += [chosen.criterion, *chosen.kind]
             parts += _policy_name(policy, budget, sparsity)
             parts += [policy.selection] * (selection is not None and not dense)
-            output = ARTIFACTS / "-".join([*parts, target])
+            output = ARTIFACTS / "-".join([*parts, *["lazy"] * lazy_kv, target])
         check_target(output, marker=MANIFEST, error=ArtifactError)
         loaded = load_model(name)
         stored = _stored_type(loaded.source, dtype)
@@ -305,6 +320,8 @@ def compile_(
             dtype=stored,
             max_seq_len=max_seq_len,
             batch_sizes=batches,
+            lazy_kv=lazy_kv,
+            dense_from_batch=dense_from_batch,
             extra={"budget": {"kind": budget, "sparsity": sparsity}},
             dump=dump,
         )
@@ -390,7 +407,8 @@ def _stored_type(source: ModelSource, dtype: str) -> torch.dtype:
 
 
 def _show_run(result: Result) -> None:
-    err.print(f"{result['tokens']} tokens, {result['ms_per_token']:.2f} ms a token")
+    ms, policy = result["ms_per_token"], result["policy_in_effect"]
+    err.print(f"{result['tokens']} tokens, {ms:.2f} ms a token, {policy}")
 
 
 @command(
@@ -492,26 +510,46 @@ def eval_(
 
 
 def _show_bench(result: Result) -> None:
-    table = _table("decode, batch " + str(result["batch"]), "ms a token", "beside dense")
-    dense = result["dense_ms_per_token"]
-    for name, key in (
-        ("artifact", "ms_per_token"),
-        ("exact (zero rows skipped)", "exact_ms_per_token"),
-        ("dense, same runtime", "dense_ms_per_token"),
-        ("  by our own kernels", "dense_by_kernels_ms"),
-        ("  by cuBLAS", "dense_by_library_ms"),
-        ("Hugging Face eager", "hugging_face_ms_per_token"),
-        ("Hugging Face eager, fp32", "hugging_face_fp32_ms_per_token"),
-    ):
-        if result[key] is not None:
-            table.add_row(name, f"{result[key]:.2f}", f"{result[key] / dense:.2f}x")
+    batch, shared = result["batch"], result["rows_share_bytes"]
+    unit = "token" if batch == 1 else "step"
+    read_by = unit if shared else "token"
+    table = _table(
+        f"decode, batch {batch}", f"ms a {unit}", "of artifact",
+        f"MB a {read_by}",
+    )  # fmt: skip
+    names = {
+        "artifact": f"artifact, {result['policy_in_effect']}",
+        "dense": "dense, same runtime",
+        "dense_by_kernels": "  by our own kernels",
+        "dense_by_library": "  by cuBLAS",
+        "exact": "exact (zero rows skipped)",
+        "static": "static (mean scores)",
+        "dejavu": "dejavu (random, speed only)",
+        "hugging_face": "Hugging Face eager",
+        "hugging_face_fp32": "Hugging Face eager, fp32",
+        "hugging_face_compiled": "Hugging Face compiled",
+    }
+    for name, found in result["variants"].items():
+        read = "-" if found["bytes"] is None else f"{found['bytes'] / 1e6:.1f}"
+        ms, ratio = found["ms_per_step"], found["beside_artifact"]
+        table.add_row(names[name], f"{ms:.2f}", f"{ratio:.2f}x", read)
     out.print(table)
+    if batch > 1:
+        out.print(
+            f"a step gives {batch} tokens: {result['ms_per_generated_token']:.3f} ms each; "
+            f"{result['neurons_read_share']:.1%} of the neurons are read"
+            + (" by any row" if shared else " by a row")
+        )
+    if result["hugging_face_compile_seconds"] is not None:
+        out.print(
+            f"transformers took {result['hugging_face_compile_seconds']:.0f} s to compile first"
+        )
     for name, reason in result["left_out"].items():
         out.print(f"{name} was left out: {reason}")
     if result["random_weights"]:
         out.print("random weights: the speed means something, the text does not")
     out.print(
-        f"weights read a token: {result['bytes_per_token'] / 1e6:.1f} MB of "
+        f"weights read a {read_by}: {result['bytes_per_token'] / 1e6:.1f} MB of "
         f"{result['dense_bytes_per_token'] / 1e6:.1f} MB; "
         f"{result['bandwidth_share']:.0%} of the memory's {result['read_bandwidth'] / 1e9:.1f} GB/s"
         f" (dense {result['dense_bandwidth_share']:.0%})"
@@ -539,6 +577,14 @@ def bench(
     prompt_len: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 128,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma list of dense, exact, static, dejavu, hf, hf-compiled (compiles for "
+            "minutes).",
+            show_default="dense,exact,hf where they apply",
+        ),
+    ] = None,
     data: Data = "pydoc",
     hugging_face: Annotated[bool, typer.Option(help="Also run the original model.")] = True,
     allow_jit: AllowJit = False,
@@ -559,6 +605,7 @@ def bench(
             prompt_len=prompt_len,
             new_tokens=new_tokens,
             batch=batch,
+            against=None if against is None else _split(against),
             data=data,
             hugging_face=hugging_face,
             allow_jit=allow_jit,

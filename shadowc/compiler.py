@@ -16,8 +16,8 @@ from shadowc import artifact as artifacts
 from shadowc import targets
 from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.store import Calibration
-from shadowc.config import Policy
-from shadowc.errors import CalibrationError
+from shadowc.config import ModelShape, Policy, taps_of
+from shadowc.errors import CalibrationError, OptionError
 from shadowc.evaluation.numerics import check_numerics, device_name
 from shadowc.passes.canonicalize import canonicalize
 from shadowc.passes.find_blocks import find_blocks
@@ -27,7 +27,7 @@ from shadowc.passes.mask_attention import mask_attention
 from shadowc.passes.mask_mlp import mask_mlp
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
-from shadowc.selection import Selection, TopK, selections
+from shadowc.selection import selections, top_k
 from shadowc.trace import trace
 from shadowc.versions import versions
 
@@ -45,6 +45,8 @@ def compile_model(
     dtype: torch.dtype = torch.bfloat16,
     max_seq_len: int | None = None,
     batch_sizes: Sequence[int] = (1,),
+    lazy_kv: bool = False,
+    dense_from_batch: int | None = None,
     extra: dict[str, Any] | None = None,
     dump: Path | None = None,
 ) -> artifacts.Artifact:
@@ -59,6 +61,9 @@ def compile_model(
         dtype: Type of the stored matrices.
         max_seq_len: S, prompt and generation together; the model's own limit by default.
         batch_sizes: Batches whose decode steps a CUDA artifact holds kernels for.
+        lazy_kv: Let keys and values of skipped heads wait, where a batch is one row.
+        dense_from_batch: Rows from which on a CUDA artifact runs every unit; 0 never, None as
+            measured for the target.
         extra: More entries for the manifest.
         dump: Directory for the graphs after every pass.
 
@@ -66,18 +71,37 @@ def compile_model(
         The artifact, whose programs agree with the model (checked on text).
 
     Raises:
+        OptionError: If keys and values cannot wait with that target or policy.
         CalibrationError: If the calibration belongs to another model.
         NumericsError: If a lowered program does not agree with what it was made from.
         ArtifactError: If the artifact cannot be written.
     """
     began = time.perf_counter()
-    backend = targets.load_target(target)
+    backend = targets.load_target(target, lazy_kv=lazy_kv)
     backend.requires()
+    if (
+        lazy_kv
+        and policy.heads_kept(loaded.shape) == (loaded.shape.layers - 1) * loaded.shape.heads
+    ):
+        raise OptionError(
+            "lazy keys and values are those of skipped heads",
+            expected="--lazy-kv with a policy that skips heads",
+            got="every head runs",
+            fix="compile without --lazy-kv",
+        )
+    batch_policy = backend.batch_policy(dense_from_batch)
+    sparse = policy.head_sparsity > 0 or policy.neuron_sparsity > 0
+    if dense_from_batch and not sparse:
+        raise OptionError(
+            "--dense-from-batch does not apply: no batch skips anything",
+            expected="a --sparsity above 0",
+            got=dense_from_batch,
+        )
     if calibration is not None:
         check_same_model(loaded, calibration)
 
     traced = trace(loaded.model).module(check_guards=False)
-    built = build_programs(traced, loaded, calibration, policy, backend, dtype, dump)
+    built = build_programs(traced, loaded, calibration, policy, backend, dtype, dump, lazy_kv)
     session = Session(
         loaded.shape,
         policy,
@@ -100,6 +124,8 @@ def compile_model(
         "dtype": str(dtype).removeprefix("torch."),
         "max_seq_len": session.max_seq_len,
         "batch_sizes": list(batch_sizes),
+        "lazy_kv": lazy_kv,
+        **(batch_policy if sparse else {}),
         "predictor_bytes": built.predictor_bytes,
         "versions": versions(),
         **(extra or {}),
@@ -133,6 +159,7 @@ def build_programs(
     backend: targets.Target,
     dtype: torch.dtype,
     dump: Path | None = None,
+    lazy_kv: bool = False,
 ) -> Built:
     """Run the passes and the target's lowering on a traced graph (which may be reused).
 
@@ -144,6 +171,7 @@ def build_programs(
         backend: The target.
         dtype: Type of the stored matrices.
         dump: Directory for the graphs.
+        lazy_kv: Whether keys and values of skipped heads may wait.
     """
     sparse = policy.head_sparsity > 0 or policy.neuron_sparsity > 0
     run_passes(traced, (canonicalize,), dump=dump / "traced" if dump else None)
@@ -160,7 +188,7 @@ def build_programs(
         predictors: list[ShadowPredictor | StaticScores] = [*calibration.build_predictors()]
         if not predictors:
             static = StaticScores(calibration.mean_head_scores, calibration.mean_neuron_scores)
-            keep = static_keep(static, *chosen[0][1:])
+            keep = static_keep(static, policy, loaded.shape)
             predictors = [static]
         masks = export_masks(predictors, chosen, calibration.width)
         insert = partial(insert_predictor, masks=masks, feature=calibration.feature)
@@ -182,6 +210,7 @@ def build_programs(
         static=bool(keep),
         relu=loaded.shape.activation == "relu",
         dtype=dtype,
+        lazy=lazy_kv,
         dump=dump,
     )
     if sparse and calibration is not None:  # what `static` would rank by, for evaluation
@@ -195,11 +224,12 @@ def build_programs(
     return Built(programs, packed, keep, read)
 
 
-def static_keep(scores: StaticScores, heads: Selection, neurons: Selection) -> dict[str, Tensor]:
+def static_keep(scores: StaticScores, policy: Policy, shape: ModelShape) -> dict[str, Tensor]:
     """The keep sets of mean scores, for one row: index int32 [L, 1, N], count int32 [L, 1]."""
+    (tap,) = taps_of(shape.layers, (0,))
+    heads, neurons = top_k(shape, policy, tap)
     keep: dict[str, Tensor] = {}
     for kind, score, best in (("head", scores.heads, heads), ("neuron", scores.neurons, neurons)):
-        assert isinstance(best, TopK)
         if best.keep < score.numel():
             index, count = torch.ops.shadowc.select(
                 score[None].contiguous(), best.keep, best.floor, best.local

@@ -62,11 +62,13 @@ class Profile:
         measured: What was measured on it.
         matches: Words of which one is in the device's name, as the CUDA driver tells it.
         project_rows: Rows of a first projection that a program works on at a time.
-        mlp_rows: Neurons that a program works on at a time.
-        mlp_programs: Programs a multiprocessor that share the neurons.
         finish_columns: Columns of a program that adds up partial sums.
         attention_splits: Programs that share the cache of one head.
         attention_slots: Slots of the cache that a program reads at a time.
+        dense_from_batch: Rows of a batch from which on every unit runs, because the rows keep
+            nearly all neurons between them; None: never measured.
+        dense_program: The faster dense program of such batches: `full` (our kernels) or `dense`
+            (cuBLAS).
     """
 
     name: str
@@ -78,11 +80,11 @@ class Profile:
     measured: str
     matches: tuple[str, ...]
     project_rows: int = 4
-    mlp_rows: int = 4
-    mlp_programs: int = 3
     finish_columns: int = 16
     attention_splits: int = 4
     attention_slots: int = 64
+    dense_from_batch: int | None = None
+    dense_program: str = "full"
 
     def names(self, device_name: str) -> bool:
         """Whether a device of that name is one of these: whole words, an L40S is no L4."""

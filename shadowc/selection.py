@@ -73,8 +73,7 @@ def selections(calibration: Calibration, policy: Policy) -> list[tuple[Tap, Sele
         local,
     )  # fmt: skip
     return [
-        (tap, heads[[layer - 1 for layer in tap.heads]], neurons[list(tap.neurons)])
-        for tap in taps
+        (tap, heads[[layer - 1 for layer in tap.heads]], neurons[list(tap.neurons)]) for tap in taps
     ]
 
 

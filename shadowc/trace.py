@@ -58,6 +58,9 @@ def trace(model: PreTrainedModel) -> ExportedProgram:
                     "use_cache": None,
                 },
                 strict=False,
+                # What cannot be proved of all B and T (by torch 2.11: of grouped queries) becomes
+                # a check in the graph, not an error; canonicalize removes it.
+                prefer_deferred_runtime_asserts_over_guards=True,
             )
     except Exception as error:
         raise ModelError(

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from shadowc.errors import OptionError
 
@@ -55,10 +55,17 @@ class Tolerances:
 
 
 class Target(Protocol):
-    """One target: hardware and runtime."""
+    """One target: hardware and runtime.
+
+    Attributes:
+        name: Its name.
+        description: What it is, in a line.
+        lazy_kv: Whether its steps can leave keys and values of skipped heads to later.
+    """
 
     name: str
     description: str
+    lazy_kv: bool
 
     def tolerances(self, dtype: torch.dtype) -> Tolerances:
         """How far programs may be off with weights of that type."""
@@ -75,6 +82,7 @@ class Target(Protocol):
         static: bool,
         relu: bool,
         dtype: torch.dtype,
+        lazy: bool = False,
         dump: Path | None = None,
     ) -> tuple[dict[str, Program], dict[str, Tensor]]:
         """Lower every program that an artifact of this target runs.
@@ -86,10 +94,21 @@ class Target(Protocol):
             static: Whether the keep sets are fixed at compile time.
             relu: Whether activations are often exactly zero, so that `exact` makes sense.
             dtype: Type of the stored matrices.
+            lazy: Also lower steps whose keys and values wait; for targets with `lazy_kv`.
             dump: Directory for the graphs after each pass, a folder a program.
 
         Returns:
             Programs by name (see `runtime.session.PROGRAMS`) and the tensors that they share.
+        """
+
+    def batch_policy(self, dense_from_batch: int | None) -> dict[str, Any]:
+        """From which batch on every unit runs: entries of the manifest.
+
+        Args:
+            dense_from_batch: The user's wish; 0 means never, None what was measured for the target.
+
+        Raises:
+            OptionError: If it does not apply.
         """
 
     def check_session(self, session: Session) -> Session:
@@ -114,12 +133,24 @@ class Target(Protocol):
         """
 
 
-def load_target(name: str) -> Target:
+def load_target(name: str, *, lazy_kv: bool = False) -> Target:
     """The target of that name.
 
+    Args:
+        name: Its name.
+        lazy_kv: Whether it shall have lazy keys and values.
+
     Raises:
-        OptionError: If there is no such target.
+        OptionError: If there is no such target, or it has none.
     """
     if name not in TARGETS:
         raise OptionError(f"unknown target {name!r}", expected=", ".join(TARGETS), got=name)
-    return cast(Target, importlib.import_module(TARGETS[name]).make(name))
+    target = cast(Target, importlib.import_module(TARGETS[name]).make(name))
+    if lazy_kv and not target.lazy_kv:
+        raise OptionError(
+            f"target {name!r} has no lazy keys and values",
+            expected="--lazy-kv with a CUDA target",
+            got=name,
+            fix="compile without --lazy-kv",
+        )
+    return target

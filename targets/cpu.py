@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
 
 from shadowc import native
 from shadowc.config import Policy
+from shadowc.errors import OptionError
 from shadowc.passes.compact_masks import compact_masks
 from shadowc.passes.fuse_rms_norm import fuse_rms_norm
 from shadowc.passes.fuse_sparse_attention import fuse_sparse_attention
@@ -28,6 +30,7 @@ class CpuTarget:
     """Any CPU; see `targets.Target` for the methods."""
 
     name = "cpu"
+    lazy_kv = False
     description = "any x86-64 or aarch64 CPU: native kernels, weights in fp32, bf16 or fp16"
 
     def tolerances(self, dtype: torch.dtype) -> Tolerances:
@@ -47,6 +50,7 @@ class CpuTarget:
         static: bool,
         relu: bool,
         dtype: torch.dtype,
+        lazy: bool = False,
         dump: Path | None = None,
     ) -> tuple[dict[str, Program], Packed]:
         """Lower every program; see `targets.Target.lower`."""
@@ -83,6 +87,16 @@ class CpuTarget:
         masked = dialects.masked() if sparse else dialects.plain()
         add("masked", masked, (partial(pack_weights, types=types, packed=packed),))
         return programs, packed
+
+    def batch_policy(self, dense_from_batch: int | None) -> dict[str, Any]:
+        """No batch is better off dense: each row reads only what it keeps."""
+        if dense_from_batch is not None:
+            raise OptionError(
+                "--dense-from-batch does not apply to the cpu target",
+                expected="a CUDA target, on which the rows of a batch share what they read",
+                got=dense_from_batch,
+            )
+        return {}
 
     def check_session(self, session: Session) -> Session:
         """The session as it is."""

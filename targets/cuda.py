@@ -17,6 +17,8 @@ from torch import Tensor, fx
 
 from shadowc import cuda, native
 from shadowc.config import Policy
+from shadowc.errors import OptionError
+from shadowc.passes.catch_up import catch_up
 from shadowc.passes.compact_masks import compact_masks
 from shadowc.passes.fuse_norms import fuse_norms
 from shadowc.passes.fuse_rms_norm import fuse_rms_norm
@@ -25,10 +27,12 @@ from shadowc.passes.fuse_sparse_mlp import fuse_sparse_mlp
 from shadowc.passes.insert_predictor import PREFIX
 from shadowc.passes.last_feature import last_feature
 from shadowc.passes.last_logits import last_logits
+from shadowc.passes.lazy_kv import lazy_kv
 from shadowc.passes.lower_linear import lower_linear
 from shadowc.passes.manager import Pass, run_passes
 from shadowc.passes.pack_weights import Packed, Types, pack_weights
 from shadowc.runtime.cuda import STEPS, CudaSession
+from shadowc.runtime.lazy import CATCH_UP, LAZY, LazyState
 from shadowc.runtime.program import Program, to_program
 from shadowc.runtime.session import Session
 from shadowc.targets import Dialects, Tolerances
@@ -40,6 +44,8 @@ class CudaTarget:
     Args:
         name: Name of a profile.
     """
+
+    lazy_kv = True
 
     def __init__(self, name: str) -> None:
         self.name, self.profile = name, cuda.find_profile(name)
@@ -67,6 +73,7 @@ class CudaTarget:
         static: bool,
         relu: bool,
         dtype: torch.dtype,
+        lazy: bool = False,
         dump: Path | None = None,
     ) -> tuple[dict[str, Program], Packed]:
         """Lower every program; see `targets.Target.lower`.
@@ -80,11 +87,16 @@ class CudaTarget:
         def add(
             name: str, module: fx.GraphModule, passes: tuple[Pass, ...], compute: torch.dtype
         ) -> None:
+            """Lower a program, and then what is made of it."""
             types = Types(dtype, vectors=dtype, compute=compute)
             pack = partial(pack_weights, types=types, packed=packed)  # last: it binds what is left
             run_passes(module, (*passes, pack), dump=dump / name if dump else None)
             masked = ("logits", "head_mask", "neuron_mask") if sparse else ("logits",)
             programs[name] = to_program(module, module.meta.get("outputs", masked))
+            if lazy and name in LAZY:
+                for made, rewrite in ((LAZY[name], lazy_kv), (CATCH_UP, catch_up)):
+                    run_passes(module, (rewrite,), dump=dump / made if dump else None)
+                    programs[made] = to_program(module, module.meta["outputs"])
 
         def step(*, skip_zeros: bool = True, hold: bool = False) -> tuple[Pass, ...]:
             return (
@@ -118,6 +130,17 @@ class CudaTarget:
             add("prefill", dialects.scored(), prompt, dtype)
         add("masked", dialects.masked() if sparse else dialects.plain(), (), torch.float32)
         return programs, packed
+
+    def batch_policy(self, dense_from_batch: int | None) -> dict[str, Any]:
+        """What was asked for, or what the profile says was measured."""
+        if dense_from_batch is not None and (dense_from_batch < 0 or dense_from_batch == 1):
+            raise OptionError(
+                "--dense-from-batch is out of range",
+                expected="0 (never) or at least 2 rows: from 1 on nothing would ever be skipped",
+                got=dense_from_batch,
+            )
+        least = self.profile.dense_from_batch if dense_from_batch is None else dense_from_batch
+        return {"dense_from_batch": least or None, "dense_program": self.profile.dense_program}
 
     def check_session(self, session: Session) -> Session:
         """On the target's GPU if it is here, otherwise on the ops' references on the CPU."""
@@ -176,8 +199,15 @@ def record(session: Session, batch: int) -> dict[str, tuple[cuda.KernelSpec, Any
     ):
         values[f"{kind}_index"] = cache.new_empty(layers, batch, units, dtype=integers)
         values[f"{kind}_count"] = cache.new_empty(layers, batch, dtype=integers)
+    names = [*STEPS, "prefill"]
+    if batch == 1 and CATCH_UP in session.programs:
+        state = LazyState(session.programs[CATCH_UP], shape, some.dtype, "meta")
+        values |= state.tensors
+        names.append(CATCH_UP)
+    else:
+        names = [name for name in names if name not in LAZY.values()]
     with cuda.recording() as found:
-        for name in (*STEPS, "prefill"):
+        for name in names:
             if name in session.programs:
                 program = session.programs[name]
                 run_on_meta(program, tensors, {**values}, cache)

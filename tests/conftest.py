@@ -72,7 +72,10 @@ class Tiny:
     def masks(self, policy: Policy) -> list[TapMasks]:
         """Predictors and selections, exported once a policy."""
         if policy not in self.built:
-            predictors, chosen = self.calibration.build_predictors(), selections(self.calibration, policy)
+            predictors, chosen = (
+                self.calibration.build_predictors(),
+                selections(self.calibration, policy),
+            )
             self.built[policy] = export_masks(predictors, chosen, self.shape.hidden)
         return self.built[policy]
 
@@ -135,7 +138,10 @@ def random_calibration(
     """A calibration whose predictors have random weights, with the quantiles of what they score."""
     shape = loaded.shape
     generator = torch.Generator().manual_seed(1)
-    weights, quantiles = {}, {"heads": torch.zeros(1, QUANTILES), "neurons": torch.empty(0, QUANTILES)}
+    weights, quantiles = (
+        {},
+        {"heads": torch.zeros(1, QUANTILES), "neurons": torch.empty(0, QUANTILES)},
+    )
     residual = torch.randn(1, 400, shape.hidden, generator=generator)
     for tap in taps_of(shape.layers, taps):
         network = ShadowPredictor(shape, rank=8, random_features=16, tap=tap)

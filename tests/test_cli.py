@@ -169,9 +169,31 @@ def test_eval_and_bench_measure_and_keep_a_report(work, artifact, invoke, tmp_pa
     assert speed["bandwidth_share"] > 0 and speed["device"] and speed["threads"] >= 1
     assert speed["hugging_face_ms_per_token"] is None and "hugging_face" in speed["left_out"]
 
+    assert set(speed["variants"]) == {"artifact", "dense", "exact"}
+    assert speed["policy_in_effect"] == "sparse" and speed["static_ms_per_token"] is None
+
+    names = ("--against", "static,dejavu", "--batch", 2)
+    code, out, err = invoke("bench", copy, *sizes, *names, "--json")
+    assert code == 0, err
+    speed = json.loads(out)
+    own, static, dejavu = (speed["variants"][k] for k in ("artifact", "static", "dejavu"))
+    assert set(speed["variants"]) == {"artifact", "dense", "static", "dejavu"}
+    assert speed["left_out"] == {} and speed["exact_ms_per_token"] is None
+    assert static["ms_per_step"] == speed["static_ms_per_token"]
+    assert dejavu["ms_per_step"] == speed["dejavu_ms_per_token"] and dejavu["random_weights"]
+    assert own["bytes"] == speed["bytes_per_token"] and not own["random_weights"]
+    assert static["bytes"] < own["bytes"] < dejavu["bytes"]  # no predictor, one, one a block
+    assert static["beside_artifact"] == static["ms_per_step"] / speed["ms_per_token"]
+    assert speed["ms_per_step"] == 2 * speed["ms_per_generated_token"] == speed["ms_per_token"]
+    assert speed["neurons_read_share"] == pytest.approx(0.5, abs=0.01)
+    code, out, _ = invoke("bench", copy, *sizes, *names)
+    for word in ("a step gives 2 tokens", "dejavu (random, speed only)", "static (mean scores)"):
+        assert word in out
+
     report = json.loads((copy / "report.json").read_text())
     assert {"compile", "eval", "bench"} <= set(report)
     assert "<svg" in (copy / "report.html").read_text()
+    assert "DejaVu" in (copy / "report.html").read_text()
     assert invoke("inspect", copy)[0] == 0  # the hashes are those of the new report
 
 
@@ -179,6 +201,7 @@ def test_inspect_says_what_a_directory_is(artifact, calibration, invoke):
     code, out, _ = invoke("inspect", artifact, "--json")
     found = json.loads(out)
     assert code == 0 and found["kind"] == "artifact" and found["model"] == MODEL
+    assert found["lazy_kv"] is False
     assert len(found["layers"]) == 10 and found["files_verified"] > 5
     code, out, _ = invoke("inspect", calibration, "--json")
     assert code == 0 and json.loads(out)["kind"] == "calibration"
@@ -209,9 +232,11 @@ def test_unknown_names(invoke, calibration, tmp_path):
     refused(invoke(*CALIBRATE, "--criterion", "magic"), "unknown criterion 'magic'", "plainact")
     refused(invoke(*CALIBRATE, "--data", "wiki"), "unknown data set 'wiki'")
     refused(invoke("compile", calibration, "--target", "abacus"), "unknown target 'abacus'", "cpu")
+    refused(invoke("compile", calibration, "--lazy-kv"), "'cpu' has no lazy keys", "CUDA target")
     refused(invoke("compile", calibration, "--dtype", "int4"), "unknown dtype", "bf16")
     refused(invoke("compile", calibration, "--refresh", "never"), "refresh 'never'", "token")
     refused(invoke("compile"), "no calibration", "shadowc calibrate")
+    refused(invoke("compile", calibration, "--dense-from-batch", 8), "cpu target", "CUDA")
     assert nothing_written(tmp_path)
 
 
@@ -303,6 +328,8 @@ def test_too_long_a_prompt_or_generation(invoke, artifact):
 
 def test_what_an_artifact_cannot_be_compared_with(invoke, artifact):
     refused(invoke("eval", artifact, "--against", "magic"), "magic", "static")
+    refused(invoke("bench", artifact, "--against", "magic"), "magic", "dejavu, hf, hf-compiled")
+    refused(invoke("bench", artifact, "--no-hugging-face", "--against", "hf"), "--against hf")
     refused(invoke("eval", artifact, "--data", "nowhere.txt"), "nowhere.txt")
     refused(invoke("eval", artifact, "--tasks", "chess", "--tokens", 64, "--seq-len", 32), "chess")
 

@@ -16,7 +16,10 @@ UNITS, TOKENS = 500, 400
 def scores(seed: int = 0) -> torch.Tensor:
     """[L, N, tokens]: layers of different spread and level, one with many equal scores."""
     generator = torch.Generator().manual_seed(seed)
-    found = torch.randn(4, UNITS, TOKENS, generator=generator) * torch.tensor([1, 3, 0.2, 1])[:, None, None]
+    found = (
+        torch.randn(4, UNITS, TOKENS, generator=generator)
+        * torch.tensor([1, 3, 0.2, 1])[:, None, None]
+    )
     found += torch.tensor([0.0, 0.5, -3.0, 0.1])[:, None, None]
     found[3, : UNITS // 4] = 0.0  # units that never matter
     return found
@@ -107,7 +110,12 @@ def test_each_tap_gets_the_thresholds_of_its_layers(tiny_opt):
 
 
 def test_defaults_and_refusals(tiny_opt):
-    assert [default_selection(n) for n in (0, 1, 2, 10)] == ["topk", "topk", "threshold", "threshold"]
+    assert [default_selection(n) for n in (0, 1, 2, 10)] == [
+        "topk",
+        "topk",
+        "threshold",
+        "threshold",
+    ]
     several = tiny_opt.with_taps((0, 2)).calibration
     with pytest.raises(OptionError, match=r"(?s)later layers have no scores yet.*threshold"):
         selections(several, Policy(0.5, 0.5, min_neurons=2))

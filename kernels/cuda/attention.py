@@ -52,8 +52,6 @@ def attention_kernel(
 ):  # fmt: skip
     """Grid (SPLITS, H, B); partial [B, H, SPLITS, BD + 2], arrived [B, H] zero before and after."""
     split, place, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
-        follow()
     head, kept = place, H
     if index_ptr is not None:
         head = tl.load(index_ptr + row * H + place)
@@ -66,19 +64,22 @@ def attention_kernel(
     active = tl.cdiv(length, chunk)
     if split >= active:
         return
+    if PDL:
+        follow()  # keep sets and the position are older than the kernel in front
     d = tl.arange(0, BD)
     inside = d < D
     if cos_ptr is not None:
         cos_ptr += row * D
         sin_ptr += row * D
     cache = (row * G + group).to(tl.int64) * slots * D
-    new = (row * G + group) * D
-    key = turned(k_ptr + new, d, inside, cos_ptr, sin_ptr, D).to(k_cache_ptr.dtype.element_ty)
-    value = tl.load(v_ptr + new + d, mask=inside, other=0.0).to(v_cache_ptr.dtype.element_ty)
-    if (split == active - 1) & (head % (H // G) == 0):
-        slot = cache + position.to(tl.int64) * D + d
-        tl.store(k_cache_ptr + slot, key, mask=inside)
-        tl.store(v_cache_ptr + slot, value, mask=inside)
+    if k_ptr is not None:
+        new = (row * G + group) * D
+        key = turned(k_ptr + new, d, inside, cos_ptr, sin_ptr, D).to(k_cache_ptr.dtype.element_ty)
+        value = tl.load(v_ptr + new + d, mask=inside, other=0.0).to(v_cache_ptr.dtype.element_ty)
+        if (split == active - 1) & (head % (H // G) == 0):
+            slot = cache + position.to(tl.int64) * D + d
+            tl.store(k_cache_ptr + slot, key, mask=inside)
+            tl.store(v_cache_ptr + slot, value, mask=inside)
     out = ctx_ptr + (row * H + head) * D + d
     if place >= kept:
         if split == 0:
@@ -91,12 +92,18 @@ def attention_kernel(
     for first in range(split * chunk, tl.minimum(split * chunk + chunk, length), BS):
         s = first + tl.arange(0, BS)
         where = cache + s.to(tl.int64)[:, None] * D + d[None, :]
-        mask = ((s < position) & (s >= begin))[:, None] & inside[None, :]
+        if k_ptr is not None:
+            seen = (s < position) & (s >= begin)
+        else:
+            seen = (s <= position) & (s >= begin)
+        mask = seen[:, None] & inside[None, :]
         k = tl.load(k_cache_ptr + where, mask=mask, other=0.0)
         v = tl.load(v_cache_ptr + where, mask=mask, other=0.0)
-        fresh = (s == position)[:, None]
-        k = tl.where(fresh, key[None, :], k).to(tl.float32)
-        v = tl.where(fresh, value[None, :], v).to(tl.float32)
+        if k_ptr is not None:
+            fresh = (s == position)[:, None]
+            k = tl.where(fresh, key[None, :], k)
+            v = tl.where(fresh, value[None, :], v)
+        k, v = k.to(tl.float32), v.to(tl.float32)
         logit = tl.sum(k * q[None, :], axis=1)
         logit = tl.where((s <= position) & (s >= begin), logit, -float("inf"))
         higher = tl.maximum(top, tl.max(logit))
@@ -132,8 +139,8 @@ def attention_kernel(
 
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     k_cache: Tensor,
@@ -144,7 +151,10 @@ def attention(
     index: Tensor | None,
     count: Tensor | None,
 ) -> Tensor:
-    """ctx [B, H*D] in q's type, for q [B, H*D], k and v [B, G*D]; writes slot `position`."""
+    """ctx [B, H*D] in q's type, for q [B, H*D], k and v [B, G*D]; writes slot `position`.
+
+    Without k and v the slot has been written.
+    """
     batch, width = q.shape
     groups, slots, head_dim = k_cache.shape[1:]
     heads = width // head_dim

@@ -1,9 +1,9 @@
 """The decode ops for 2 to 16 tokens at once, on tensor cores: every weight is still read once.
 
-Rows keep different units. Of a neuron in anybody's keep set both rows are read, and its activation
-counts only for those who keep it, so that each row gets what it would get alone. Projections of
-attention run for all heads (the union of a few rows' heads is soon all of them); attention itself
-runs for each row's own heads.
+Rows keep different units. Of a neuron in anybody's keep set both rows of weights are read, and its
+activation counts only for those who keep it, so that each row gets what it would get alone.
+Projections of attention run for all heads (the union of a few rows' heads is soon all of them);
+attention itself runs for each row's own heads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shadowc.cuda import launch
 from shadowc.errors import KernelError
-from shadowc.kernels.cuda.blocks import activate, follow, rows_of
+from shadowc.kernels.cuda.blocks import activate, follow
 from shadowc.kernels.cuda.mlp import finish
 from shadowc.kernels.norm_mlp import NormMlp
 from shadowc.kernels.scaled_out_proj import ScaledOutProj
@@ -23,6 +23,7 @@ from shadowc.kernels.scaled_out_proj import ScaledOutProj
 MOST_ROWS = 16
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
 SPLITS = 8
+MARKED = 1024
 
 
 @triton.jit
@@ -114,71 +115,51 @@ def out_proj_rows_kernel(
 @triton.jit
 def mark_kernel(
     index_ptr, count_ptr, mask_ptr,
-    F: tl.constexpr, POWER: tl.constexpr,
+    F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keep sets as masks int8 [B, F]; grid (B)."""
-    row, slot = tl.program_id(0), tl.arange(0, POWER)
+    """Keep sets as masks int8 [B, F], an index naming every unit; grid (F / BLOCK, B)."""
+    row, slot = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     unit = tl.load(index_ptr + row * F + slot, mask=slot < F, other=0)
     kept = (slot < tl.load(count_ptr + row)).to(tl.int8)
     tl.store(mask_ptr + row * F + unit, kept, mask=slot < F)
 
 
 @triton.jit
-def union_kernel(
-    mask_ptr, index_ptr, count_ptr, B,
-    F: tl.constexpr, POWER: tl.constexpr,
-):  # fmt: skip
-    """Units in any row's keep set, ascending: index [F], count [1]; grid (1)."""
-    unit = tl.arange(0, POWER)
-    kept = tl.zeros([POWER], tl.int32)
-    for row in range(B):
-        kept |= tl.load(mask_ptr + row * F + unit, mask=unit < F, other=0).to(tl.int32)
-    tl.store(index_ptr + tl.cumsum(kept, axis=0) - 1, unit, mask=kept != 0)
-    tl.store(count_ptr, tl.sum(kept))
-
-
-@triton.jit
 def hidden_kernel(
-    x_ptr, stats_ptr, w1_ptr, gain_ptr, shift_ptr, up_ptr, out_ptr, index_ptr, count_ptr, mask_ptr,
-    eps, B,
+    x_ptr, stats_ptr, w1_ptr, gain_ptr, shift_ptr, up_ptr, out_ptr, mask_ptr, eps, B,
     N: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Activations of the union's neurons side by side, [B, F]; grid (F / BN)."""
+    """Activations [B, F], 0 for a row's skipped neurons; grid (F / BN)."""
     if PDL:
-        follow()  # first of all: the union is the kernel in front
-    slot, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, N)
-    neurons = F
-    if index_ptr is not None:
-        neurons = tl.load(count_ptr)
-    live = slot < neurons
-    row = rows_of(slot, live, index_ptr, 1)
+        follow()  # first of all: the masks come from the kernel in front
+    row, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, N)
+    live = row < F
+    at, inside = b[None, :] * F + row[:, None], live[:, None] & (b < B)[None, :]
+    kept = inside
+    if mask_ptr is not None:
+        kept = tl.load(mask_ptr + at, mask=inside, other=0) != 0
+        live = tl.max(kept.to(tl.int32), axis=1) > 0
     h = product(w1_ptr, row, live, x_ptr, B, N, C, BK)
     h = normalised(h, row, live, stats_ptr, gain_ptr, shift_ptr, eps, B, N, C, NORM, PARTS)
     h = activate(h, ACT)
     if up_ptr is not None:
         up = product(up_ptr, row, live, x_ptr, B, N, C, BK)
         h *= normalised(up, row, live, stats_ptr, None, None, eps, B, N, C, "rms", PARTS)
-    mask = live[:, None] & (b < B)[None, :]
-    if index_ptr is not None:
-        own = tl.load(mask_ptr + b[None, :] * F + row[:, None], mask=mask, other=0)
-        h = tl.where(own != 0, h, 0.0)
-    tl.store(out_ptr + b[None, :] * F + slot[:, None], h.to(out_ptr.dtype.element_ty), mask=mask)
+    h = tl.where(kept, h, 0.0)
+    tl.store(out_ptr + at, h.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def weigh_kernel(
-    h_ptr, w_ptr, partial_ptr, read_ptr, index_ptr, count_ptr, mask_ptr, B,
+    h_ptr, w_ptr, partial_ptr, read_ptr, mask_ptr, B,
     N: tl.constexpr, F: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of w2t weighted by h: partial [S, B, C], rows needed [S, B]; grid (C / BC, S)."""
     block, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    neurons = F
-    if index_ptr is not None:
-        neurons = tl.load(count_ptr)
-    tiles = tl.cdiv(neurons, R)
+    tiles: tl.constexpr = (F + R - 1) // R
     first, last = split * tiles // splits * R, (split + 1) * tiles // splits * R
     cols, b = block * BC + tl.arange(0, BC), tl.arange(0, N)
     inside = cols < C
@@ -187,18 +168,15 @@ def weigh_kernel(
     acc = tl.zeros([N, BC], tl.float32)
     needed = tl.zeros([N], tl.int32)
     for start in tl.range(first, last, R, num_stages=4):
-        slot = start + tl.arange(0, R)
-        live = slot < neurons
-        row = rows_of(slot, live, index_ptr, 1)
-        there = h_ptr + b[:, None] * F + slot[None, :]
-        h = tl.load(there, mask=(b < B)[:, None] & live[None, :], other=0.0)
-        wanted = (b < B)[:, None] & live[None, :]
+        row = start + tl.arange(0, R)
+        at, there = b[:, None] * F + row[None, :], (b < B)[:, None] & (row < F)[None, :]
+        h = tl.load(h_ptr + at, mask=there, other=0.0)
+        wanted = there
         if SKIP:
             wanted = h != 0
-            live = tl.max(wanted.to(tl.int32), axis=0) > 0
         elif mask_ptr is not None:
-            own = tl.load(mask_ptr + b[:, None] * F + row[None, :], mask=wanted, other=0)
-            wanted = own != 0
+            wanted = tl.load(mask_ptr + at, mask=there, other=0) != 0
+        live = tl.max(wanted.to(tl.int32), axis=0) > 0
         needed += tl.sum(wanted.to(tl.int32), axis=1)
         where = w_ptr + row.to(tl.int64)[:, None] * C + cols[None, :]
         w = tl.load(where, mask=live[:, None] & inside[None, :], other=0.0)
@@ -261,35 +239,33 @@ def out_proj_rows(a: ScaledOutProj) -> tuple[Tensor, Tensor, Tensor]:
     return y, scaled, stats
 
 
-def union(index: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """index int32 [F], count int32 [1] of the union of keep sets [B, F], masks int8 [B, F]."""
+def masks(index: Tensor, count: Tensor) -> Tensor:
+    """int8 [B, F]: which units are in the keep sets index [B, F], count [B]."""
     batch, units = index.shape
-    power = triton.next_power_of_2(units)
-    mask = index.new_empty(batch, units, dtype=torch.int8)  # an index names every unit
-    launch(mark_kernel, (batch,), index, count, mask, F=units, POWER=power, warps=8)
-    every, size = index.new_empty(units), count.new_empty(1)
-    launch(union_kernel, (1,), mask, every, size, batch, F=units, POWER=power, warps=8)
-    return every, size, mask
+    mask = index.new_empty(batch, units, dtype=torch.int8)
+    grid = (triton.cdiv(units, MARKED), batch)
+    launch(mark_kernel, grid, index, count, mask, F=units, BLOCK=MARKED)
+    return mask
 
 
 def mlp_rows(a: NormMlp) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y fp32 [B, C], scaled [B, C], stats fp32 [B, parts, 2] and rows int32 [B]."""
     batch, (neurons, columns) = len(a.scaled), a.w1.shape
-    index, count, mask = a.index, a.count, None
-    if index is not None and count is not None:
-        index, count, mask = union(index, count)
+    mask = None
+    if a.index is not None and a.count is not None:
+        mask = masks(a.index, a.count)
     h = a.scaled.new_empty(batch, neurons)
     launch(
         hidden_kernel, (triton.cdiv(neurons, BLOCK_ROWS),),
-        a.scaled, a.stats, a.w1, a.gain, a.shift, a.w_up, h, index, count, mask, a.eps,
-        batch, N=columns_of(batch), F=neurons, C=columns, BN=BLOCK_ROWS, BK=BLOCK_COLUMNS,
+        a.scaled, a.stats, a.w1, a.gain, a.shift, a.w_up, h, mask, a.eps, batch,
+        N=columns_of(batch), F=neurons, C=columns, BN=BLOCK_ROWS, BK=BLOCK_COLUMNS,
         NORM=a.norm, PARTS=a.stats.shape[-2], ACT=a.activation, warps=4, pdl=True,
     )  # fmt: skip
     partial = a.stats.new_empty(SPLITS, batch, columns)
     read = a.stats.new_empty(SPLITS, batch, dtype=torch.int32)
     launch(
         weigh_kernel, (triton.cdiv(columns, 128), SPLITS),
-        h, a.w2t, partial, read, index, count, mask, batch,
+        h, a.w2t, partial, read, mask, batch,
         N=columns_of(batch), F=neurons, C=columns, R=64, BC=128, SKIP=a.skip_zeros,
         warps=4, pdl=True,
     )  # fmt: skip

@@ -3,9 +3,10 @@
     h_u  = act( norm(x) . w1[u] + b1[u] ) [* norm(x) . w_up[u]]        for kept neurons u
     y[c] = residual[c] + b2[c] + sum_u h_u * w2t[u, c]
 
-A program owns a stretch of the kept neurons. It reads a few rows of w1, and of w2t only the rows
-whose h is not exactly zero, which it knows by then. Its sum over its own neurons is a row of
-`partial`, and a second kernel adds the rows in a fixed order: the result is the same in every run.
+A program owns a stretch of the kept neurons and works on two at a time. It reads their rows of w1,
+and of w2t only those whose h is not exactly zero, which it knows by then; meanwhile the next two
+rows of w1 are on their way. Its sum over its own neurons is a row of `partial`, and a second kernel
+adds the rows in a fixed order: the result is the same in every run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch import Tensor
 from shadowc.cuda import launch, profile
 from shadowc.kernels.cuda.blocks import (
     activate,
-    dots,
     follow,
     leave,
     moments,
@@ -26,8 +26,47 @@ from shadowc.kernels.cuda.blocks import (
     rows_of,
     tile,
 )
-from shadowc.kernels.cuda.project import tile_width
 from shadowc.kernels.norm_mlp import NormMlp
+
+AT_ONCE = 2
+"""Neurons that a program works on at a time."""
+WIDE = 6144
+"""Columns held by a program from which on it takes eight warps."""
+PROGRAMS = 8192
+"""Columns of all programs of a multiprocessor, which are 2 to 4: short rows take more of them."""
+
+
+@triton.jit
+def stored_rows(w_ptr, row, live, C: tl.constexpr, BK: tl.constexpr):
+    """Rows [BN] of w [., C] as they are stored: a tuple of tiles [BN, BK]."""
+    lane = tl.arange(0, BK)
+    tiles = ()
+    for k in tl.static_range(0, C, BK):
+        where = w_ptr + row.to(tl.int64)[:, None] * C + (k + lane)[None, :]
+        mask = live[:, None]
+        if k + BK > C:
+            mask = mask & (k + lane < C)[None, :]
+        tiles = tiles + (tl.load(where, mask=mask, other=0.0, eviction_policy="evict_first"),)
+    return tiles
+
+
+@triton.jit
+def stored_vector(x_ptr, C: tl.constexpr, BK: tl.constexpr):
+    """x [C] as it is stored: a tuple of [BK]."""
+    lane = tl.arange(0, BK)
+    parts = ()
+    for k in tl.static_range(0, C, BK):
+        parts = parts + (tl.load(x_ptr + k + lane, mask=k + lane < C, other=0.0),)
+    return parts
+
+
+@triton.jit
+def products(tiles, x, BN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+    """fp32 [BN]: rows times x, both in parts."""
+    acc = tl.zeros([BN, BK], tl.float32)
+    for k in tl.static_range(0, C, BK):
+        acc += tiles[k // BK].to(tl.float32) * x[k // BK].to(tl.float32)[None, :]
+    return tl.sum(acc, axis=1)
 
 
 @triton.jit
@@ -39,27 +78,38 @@ def mlp_kernel(
 ):  # fmt: skip
     """Partial sums [P, C] and rows of w2t read [P]; grid (P)."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
-    if PDL:
-        follow()  # first of all: the selection may be the kernel in front
     neurons = F
     if index_ptr is not None:
         neurons = tl.load(count_ptr)
     first = (pid.to(tl.int64) * neurons // programs).to(tl.int32)
     last = ((pid + 1).to(tl.int64) * neurons // programs).to(tl.int32)
-    lane = tl.arange(0, BK)
+    lane, next_slot = tl.arange(0, BK), first + tl.arange(0, BN)
+    next_live = next_slot < last
+    next_row = rows_of(next_slot, next_live, index_ptr, 1)
+    next_w1 = stored_rows(w1_ptr, next_row, next_live, C, BK)
+    if up_ptr is not None:
+        next_up = stored_rows(up_ptr, next_row, next_live, C, BK)
+    if PDL:
+        follow()  # keep sets and weights are older than the kernel in front
     mean, scale = moments(stats_ptr, eps, C, NORM, PARTS)
+    x = stored_vector(x_ptr, C, BK)
     sums = ()
     for _ in tl.static_range(0, C, BK):
         sums = sums + (tl.zeros([BK], tl.float32),)
     read = 0
-    for start in range(first, last, BN):
-        slot = start + tl.arange(0, BN)
-        live = slot < last
-        row = rows_of(slot, live, index_ptr, 1)
-        h = dots(w1_ptr, row, live, x_ptr, C, BK)
+    for _start in range(first, last, BN):
+        row, live = next_row, next_live
+        h = products(next_w1, x, BN, C, BK)
+        if up_ptr is not None:
+            up = products(next_up, x, BN, C, BK)
+        next_slot += BN
+        next_live = next_slot < last
+        next_row = rows_of(next_slot, next_live, index_ptr, 1)
+        next_w1 = stored_rows(w1_ptr, next_row, next_live, C, BK)
+        if up_ptr is not None:
+            next_up = stored_rows(up_ptr, next_row, next_live, C, BK)
         h = activate(normalise(h, row, live, gain_ptr, shift_ptr, mean, scale, NORM), ACT)
         if up_ptr is not None:
-            up = dots(up_ptr, row, live, x_ptr, C, BK)
             h *= normalise(up, row, live, None, None, mean, scale, "rms")
         h = tl.where(live, h, 0.0)
         if SKIP:
@@ -127,15 +177,18 @@ def finish(
 def mlp(a: NormMlp) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y fp32 [1, C], scaled [1, C], stats fp32 [1, parts, 2], rows int32 [1] of one token."""
     neurons, columns = a.w1.shape
-    settings = profile()
-    programs = settings.mlp_programs * settings.multiprocessors
+    # What a thread holds must leave room for two programs a multiprocessor (registers).
+    held = columns if a.w_up is None else 2 * columns
+    warps = 4 if held <= WIDE else 8
+    width = min(256 * warps, max(16, triton.next_power_of_2(columns)))
+    programs = min(4, max(2, PROGRAMS // columns)) * profile().multiprocessors
     partial = a.stats.new_empty(programs, 1, columns)
     read = a.stats.new_empty(programs, 1, dtype=torch.int32)
     launch(
         mlp_kernel, (programs,),
         a.scaled, a.stats, a.w1, a.gain, a.shift, a.w_up, a.w2t, partial, read, a.index, a.count,
         a.eps,
-        F=neurons, C=columns, BN=settings.mlp_rows, BK=tile_width(columns), NORM=a.norm,
-        PARTS=a.stats.shape[-2], ACT=a.activation, SKIP=a.skip_zeros, warps=4, pdl=True,
+        F=neurons, C=columns, BN=AT_ONCE, BK=width, NORM=a.norm, PARTS=a.stats.shape[-2],
+        ACT=a.activation, SKIP=a.skip_zeros, warps=warps, pdl=True,
     )  # fmt: skip
     return finish(partial, read, a.b2, a.residual, a.gamma)

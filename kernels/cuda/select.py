@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shadowc.cuda import launch
+from shadowc.cuda import launch, profile
 
 CHUNK = 8192  # units of one program; a power of two, and its counts fit 16 bits
 TILE = 16384  # units of all layers, padded to powers of two, that one program handles alone
@@ -339,6 +339,17 @@ def small_kernel(
     tl.store(count_ptr + out, size, mask=layer < L)
 
 
+@triton.jit
+def fence_kernel(count_ptr):
+    """Nothing: a kernel between keep sets and whoever reads them before it waits (`follow`)."""
+
+
+def fence(count: Tensor) -> None:
+    """Let what comes next read keep sets before it waits for the kernel in front of it."""
+    if profile().pdl:
+        launch(fence_kernel, (1,), count, warps=1)
+
+
 def select(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor, Tensor]:
     """Keep sets of all layers; the caller has checked the arguments.
 
@@ -362,6 +373,7 @@ def select(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor, 
             small_kernel, (batch,), scores, index, count, keep, floor,
             warps=_WARPS, NP=padded, **shape
         )  # fmt: skip
+        fence(count)
         return index, count
     # Short layers give few programs: smaller ones are faster then (24 x 8192: 24 instead of 40 us).
     size, warps = (CHUNK, _WARPS) if padded > CHUNK else (CHUNK // 4, _WARPS // 2)
@@ -384,4 +396,5 @@ def select(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor, 
         emit_kernel, grid, scores, table, state, index, count, keep, floor,
         warps=warps, CHUNK=chunk, **shape
     )  # fmt: skip
+    fence(count)
     return index, count

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shadowc.cuda import launch
-from shadowc.kernels.cuda.select import ordered
+from shadowc.kernels.cuda.select import fence, ordered
 
 CHUNK = 1024  # units of one program; a power of two
 
@@ -61,4 +61,5 @@ def select_above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
         above_kernel, (triton.cdiv(units, chunk), layers, batch), scores, threshold, index, count,
         L=layers, N=units, CHUNK=chunk, warps=_WARPS,
     )  # fmt: skip
+    fence(count)
     return index, count

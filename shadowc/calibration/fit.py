@@ -267,9 +267,7 @@ class FeatureSums:
         maps: For each tap what gives its phi.
     """
 
-    def __init__(
-        self, shape: ModelShape, taps: Sequence[int], maps: Sequence[FeatureMap]
-    ) -> None:
+    def __init__(self, shape: ModelShape, taps: Sequence[int], maps: Sequence[FeatureMap]) -> None:
         """Start from nothing."""
         self.shape, self.maps = shape, maps
         self.taps = taps_of(shape.layers, taps) if taps else ()

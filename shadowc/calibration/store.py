@@ -97,9 +97,7 @@ class Calibration:
 
     def static(self) -> Calibration:
         """The same mean scores without a predictor."""
-        return replace(
-            self, predictor="static", taps=(), rank=0, random_features=0, weights={}
-        )
+        return replace(self, predictor="static", taps=(), rank=0, random_features=0, weights={})
 
     def build_predictors(self) -> list[ShadowPredictor]:
         """The predictor of each tap, with its weights; none for `static`."""
@@ -109,7 +107,9 @@ class Calibration:
         for tap in taps_of(self.shape.layers, self.taps):
             network = ShadowPredictor(self.shape, self.rank, self.random_features, self.width, tap)
             prefix = f"{tap.layer}."
-            own = {k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)}
+            own = {
+                k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)
+            }
             network.load_state_dict(own)
             made.append(network.eval())
         return made

@@ -10,6 +10,7 @@ from torch import Tensor
 from shadowc.config import ModelShape
 from shadowc.errors import NumericsError
 from shadowc.evaluation.masks import teacher_forced, with_given_masks
+from shadowc.runtime.cache import KVCache
 from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
 from shadowc.targets import Tolerances
@@ -57,15 +58,13 @@ def check_numerics(session: Session, loaded: LoadedModel, tolerances: Tolerances
     _check("dense", "original model", dense_error, allowed, scale)
 
     cache = session.new_cache(1, tokens)
-    usage = Usage.of(session)
-    session.step(ids[:, :prompt], cache)
-    logits, keeps = [], []
-    for token in range(prompt, tokens):
-        results = session.step(ids[:, token : token + 1], cache)
-        usage.add(results)
-        logits.append(results["logits"][:, 0].cpu())
-        keeps.append({name: value.cpu() for name, value in cache.keep.items()})
-    decoded = torch.stack(logits, dim=1)
+    decoded, keeps, usage = _decode(session, ids, prompt, cache)
+    if cache.lazy is not None:  # batches decode without it
+        cache = session.new_cache(1, tokens)
+        cache.lazy = None
+        ordinary = _decode(session, ids, prompt, cache)[0]
+        error = float((decoded - ordinary).abs().max())
+        _check("lazy", "decode program", error, tolerances.decode, scale)
 
     taught = teacher_forced(session, ids, prompt=prompt)
     mismatch = 0.0
@@ -90,6 +89,21 @@ def check_numerics(session: Session, loaded: LoadedModel, tolerances: Tolerances
         "tolerance": tolerances.decode * scale,
         **usage.to_json(),
     }
+
+
+def _decode(
+    session: Session, ids: Tensor, prompt: int, cache: KVCache
+) -> tuple[Tensor, list[dict[str, Tensor]], Usage]:
+    """Logits [1, T - prompt, V] and keep sets of the tokens after the prompt, and what ran."""
+    usage = Usage.of(session)
+    session.step(ids[:, :prompt], cache)
+    logits, keeps = [], []
+    for token in range(prompt, ids.shape[1]):
+        results = session.step(ids[:, token : token + 1], cache)
+        usage.add(results)
+        logits.append(results["logits"][:, 0].cpu())
+        keeps.append({name: value.cpu() for name, value in cache.keep.items()})
+    return torch.stack(logits, dim=1), keeps, usage
 
 
 def device_name(session: Session) -> str:

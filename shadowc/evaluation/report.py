@@ -28,6 +28,7 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
         "target": manifest["target"],
         "dtype": manifest["dtype"],
         "max_seq_len": manifest["max_seq_len"],
+        "lazy_kv": manifest.get("lazy_kv", False),
         "criterion": calibration.get("criterion"),
         "predictor": calibration.get("predictor"),
         "feature": calibration.get("feature"),
@@ -37,6 +38,8 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
         "scope": manifest["policy"]["scope"],
         "selection": manifest["policy"]["selection"],
         "refresh": manifest["policy"]["refresh"],
+        "dense_from_batch": manifest.get("dense_from_batch"),
+        "policy_in_effect": policy_in_effect(manifest),
         "head_sparsity": compiled["head_sparsity"],
         "neuron_sparsity": compiled["neuron_sparsity"],
         "weight_bytes_skipped": compiled["weight_bytes_skipped"],
@@ -47,6 +50,16 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
         "measured": sorted(report),
         "versions": manifest["versions"],
     }
+
+
+def policy_in_effect(manifest: Mapping[str, Any]) -> str:
+    """What decodes batches of all sizes that an artifact was compiled for."""
+    policy, least = manifest["policy"], manifest.get("dense_from_batch")
+    if not (policy["head_sparsity"] or policy["neuron_sparsity"]):
+        return "exact" if "programs/exact.json" in manifest["files"] else "dense"
+    if least is None:
+        return "sparse"
+    return f"sparse; dense (batch >= {least}, program {manifest['dense_program']})"
 
 
 def describe_calibration(calibration: Calibration, path: Path) -> dict[str, Any]:
@@ -104,13 +117,16 @@ def render(artifact: Artifact) -> str:
             "artifact": "ms_per_token",
             "exact": "exact_ms_per_token",
             "dense, same runtime": "dense_ms_per_token",
+            "static": "static_ms_per_token",
+            "DejaVu's predictors, random weights": "dejavu_ms_per_token",
             "Hugging Face eager": "hugging_face_ms_per_token",
             "Hugging Face eager, fp32": "hugging_face_fp32_ms_per_token",
+            "Hugging Face compiled": "hugging_face_compiled_ms_per_token",
         }
         speed = [
             (name, f"{found[key]:.2f}", f"{found[key] / dense:.2f}")
             for name, key in names.items()
-            if found[key] is not None
+            if found.get(key) is not None
         ]
         parts += [
             "<h2>Speed</h2>",

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from shadowc.config import ModelShape
 from shadowc.errors import LengthError
+from shadowc.runtime.lazy import LazyState
 
 
 class KVCache:
     """Keys, values and everything else that a batch of sequences carries from step to step.
 
     Keys and values of every head are written at every token, whatever the masks, so that a head
-    that returns later finds its past.
+    that returns later finds its past; or they wait, see `lazy`.
 
     Attributes:
         length: Slots filled so far, the same in all rows (shorter prompts are padded on the left).
@@ -22,6 +23,7 @@ class KVCache:
         start: int64 [B], first slot of each row that is not padding.
         keep: The keep sets that the last step ran with, by the names that programs give them.
         steps: Tokens decoded since the prompt.
+        lazy: What lazy programs remember, if the artifact has any for this batch.
     """
 
     is_compileable = False  # transformers asks: this is not one of its own static caches
@@ -36,6 +38,7 @@ class KVCache:
         self.length, self.steps = 0, 0
         self.start = torch.zeros(batch, dtype=torch.int64)
         self.keep: dict[str, Tensor] = {}
+        self.lazy: LazyState | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots filled, as transformers asks for it."""

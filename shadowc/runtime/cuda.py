@@ -7,6 +7,7 @@ other, with the graphs that were captured over it.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,12 +19,14 @@ from shadowc import cuda
 from shadowc.config import ModelShape
 from shadowc.errors import LengthError
 from shadowc.runtime.cache import KVCache
+from shadowc.runtime.lazy import LAZY, LazyState
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import KEEP_PREFIXES, Session
 
 #: Programs that are made for one token.
-STEPS = ("decode", "hold", "exact", "full")
+STEPS = ("decode", "hold", "exact", "full", *LAZY.values())
 _WARM_UPS = 2
+_log = logging.getLogger(__name__)
 
 
 class Memory:
@@ -35,6 +38,7 @@ class Memory:
         start: int64 [rows], first slot of each row that is not padding.
         position: int64 [1], slot of the next token.
         keep: Keep sets of the last step, by the names that programs give them.
+        lazy: What lazy programs remember, if the artifact has any for one row and this is one.
         graphs: For each program the captured graph and its results.
     """
 
@@ -50,6 +54,7 @@ class Memory:
         self.start = torch.zeros(rows, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.keep: dict[str, Tensor] = {}
+        self.lazy: LazyState | None = None
         self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
 
 
@@ -62,6 +67,9 @@ class CudaCache(KVCache):
         self.length, self.steps = 0, 0
         self.start = torch.zeros(batch, dtype=torch.int64, device=memory.start.device)
         self.keep: dict[str, Tensor] = {}
+        self.lazy = memory.lazy
+        if self.lazy is not None:
+            self.lazy.waits = False  # what it remembers was another batch's
 
     @torch.inference_mode()
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -84,6 +92,7 @@ class CudaSession(Session):
     _profile: str
     _jit: bool
     _free: dict[int, list[Memory]]
+    _stated = False
 
     @classmethod
     def of(
@@ -106,17 +115,14 @@ class CudaSession(Session):
         )  # fmt: skip
         made.batch_sizes, made._free, made._device = tuple(batch_sizes), {}, device
         made._profile, made._jit = profile, jit
+        made.dense_from_batch = session.dense_from_batch
+        made.dense_program = session.dense_program
         return made
 
     @property
     def device(self) -> torch.device:
         """The GPU."""
         return self._device
-
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """Type of keys and values: that of the matrices."""
-        return next(t.dtype for name, t in self.tensors.items() if name.endswith("_t"))
 
     def synchronize(self) -> None:
         """Wait for the GPU."""
@@ -129,13 +135,13 @@ class CudaSession(Session):
         Raises:
             LengthError: If no captured batch size is large enough.
         """
-        rows = next((size for size in sorted(self.batch_sizes) if size >= batch), None)
-        if rows is None:
-            raise LengthError(
-                "the batch is larger than the decode steps of this artifact",
-                expected=f"at most {max(self.batch_sizes)} rows (beams count)",
-                got=batch,
-                fix="generate in smaller batches, or compile with larger --batch-sizes",
+        rows = self._rows(batch)
+        if self._is_dense(rows) and not self._stated:
+            self._stated = True
+            _log.warning(
+                "%s: every unit runs, by program %s; sparse below",
+                self.policy_in_effect(batch),
+                self.dense_program,
             )
         capacity = capacity or self.max_seq_len
         if capacity > self.max_seq_len:
@@ -152,9 +158,41 @@ class CudaSession(Session):
         weakref.finalize(cache, free.append, memory)
         return cache
 
+    def _rows(self, batch: int) -> int:
+        """Rows of the captured steps that run a batch."""
+        rows = next((size for size in sorted(self.batch_sizes) if size >= batch), None)
+        if rows is None:
+            raise LengthError(
+                "the batch is larger than the decode steps of this artifact",
+                expected=f"at most {max(self.batch_sizes)} rows (beams count)",
+                got=batch,
+                fix="use smaller batches, or compile with larger --batch-sizes",
+            )
+        return rows
+
+    def _is_dense(self, rows: int) -> bool:
+        """Whether steps of that captured size run every unit though the policy skips some."""
+        least = self.dense_from_batch
+        return self.skips_units and least is not None and rows >= least
+
+    def policy_in_effect(self, batch: int) -> str:
+        """As `Session.policy_in_effect`; where rows share what they read, the batch decides."""
+        rows = self._rows(batch)
+        if self._is_dense(rows):
+            return f"dense (batch {rows} >= {self.dense_from_batch})"
+        return super().policy_in_effect(batch)
+
+    def step_program(self, cache: KVCache) -> str:
+        """As `Session.step_program`; from `dense_from_batch` rows on the dense one."""
+        assert isinstance(cache, CudaCache)
+        if self._is_dense(cache.memory.rows):
+            return self.dense_program
+        return super().step_program(cache)
+
     def _new_memory(self, rows: int) -> Memory:
         try:
-            memory = Memory(self.shape, rows, self.max_seq_len, self.cache_dtype, self._device)
+            memory = Memory(self.shape, rows, self.max_seq_len, self.weight_dtype, self._device)
+            memory.lazy = self._new_lazy(rows)
         except torch.OutOfMemoryError as error:
             raise LengthError(
                 "not enough memory on the GPU for the cache",
@@ -188,6 +226,7 @@ class CudaSession(Session):
         cache.check_room(tokens)
         prompt = tokens > 1 or cache.length == 0
         name = program or (self.prompt_program if prompt else self.step_program(cache))
+        self._prepare(name, cache)
         if tokens == 1 and cache.length > 0:
             results = self._replay(name, ids, cache)
         else:
@@ -195,6 +234,8 @@ class CudaSession(Session):
         cache.length += tokens
         cache.steps = 0 if prompt else cache.steps + 1
         held = {key: value[:, : cache.batch] for key, value in memory.keep.items()}
+        if name == self.dense_program:
+            held = {}  # it ran without any
         cache.keep = held | {k: v for k, v in results.items() if k.startswith(KEEP_PREFIXES)}
         return results
 
@@ -234,7 +275,8 @@ class CudaSession(Session):
             memory.graphs[name] = self._capture(name, memory)
         graph, results = memory.graphs[name]
         graph.replay()
-        found = {key: value[:batch] for key, value in results.items() if key[:4] == "rows"}
+        counts = ("rows_", "computed_")
+        found = {key: value[:batch] for key, value in results.items() if key.startswith(counts)}
         sets = {k: v[:, :batch] for k, v in results.items() if k.startswith(KEEP_PREFIXES)}
         return {"logits": results["logits"][:batch].clone(), **sets, **found}
 
@@ -246,6 +288,7 @@ class CudaSession(Session):
                 "start": memory.start,
                 "position": memory.position,
                 **memory.keep,
+                **(memory.lazy.tensors if memory.lazy else {}),
             }
             results = self._run(name, values, memory.tensors)
             if name != "hold" and "hold" in self.programs:

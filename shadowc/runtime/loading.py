@@ -61,7 +61,9 @@ def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
         target, length = manifest["target"], int(manifest["max_seq_len"])
         predictor_bytes = float(manifest["predictor_bytes"])
         batches = tuple(int(size) for size in manifest.get("batch_sizes", (1,)))
-    except (KeyError, TypeError) as error:
+        dense_from = manifest.get("dense_from_batch")
+        dense_from = None if dense_from is None else int(dense_from)
+    except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{artifact.path / 'manifest.json'} is not a manifest of this version", got=error
         ) from error
@@ -76,4 +78,7 @@ def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
     }
     with torch.inference_mode():
         session = Session(shape, policy, programs, tensors, keep, length, predictor_bytes)
+        if dense_from is not None:
+            session.dense_from_batch, session.dense_program = dense_from, manifest["dense_program"]
+            session.program(session.dense_program)  # it must be there
         return backend.serve(session, artifact.path, batches, allow_jit=allow_jit)

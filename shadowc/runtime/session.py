@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from shadowc.config import ModelShape, Policy
-from shadowc.errors import ArtifactError
+from shadowc.errors import ArtifactError, OptionError
 from shadowc.runtime.cache import KVCache
+from shadowc.runtime.lazy import CATCH_UP, LAZY, LazyState
 from shadowc.runtime.program import Program
 
 #: Names of an artifact's programs, and what each is for.
@@ -22,6 +23,9 @@ PROGRAMS = {
     "prefill": "as dense, and the keep sets that the last token's feature gives",
     "decode": "one token: predictor, selection, sparse ops",
     "hold": "one token, sparse ops with keep sets that are given",
+    "lazy": "as decode, one row; keys and values of skipped heads wait (CUDA)",
+    "lazy_hold": "as hold, in the same way",
+    "catch_up": "no token: keys and values that wait",
     "masked": "whole sequences with 0/1 masks in plain aten: the semantics, for evaluation",
 }
 
@@ -59,6 +63,10 @@ class Session:
 
     #: Whether a step only starts work, so that it pays to launch the next one early.
     runs_ahead = False
+    #: Steps of at least so many rows run every unit (on a GPU, where rows share what they read),
+    #: by that program; None means that none does.
+    dense_from_batch: int | None = None
+    dense_program = "full"
 
     @property
     def device(self) -> torch.device:
@@ -105,9 +113,40 @@ class Session:
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` (default S) tokens."""
         cache = KVCache(self.shape, batch, capacity or self.max_seq_len)
+        cache.lazy = self._new_lazy(batch)
         for name, sets in self.static_keep.items():  # [L, 1, N] or [L, 1] -> a row each
             cache.keep[name] = sets.expand(-1, batch, *sets.shape[2:]).contiguous()
         return cache
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Type of the matrices."""
+        return next(t.dtype for name, t in self.tensors.items() if name.endswith("_t"))
+
+    def _new_lazy(self, rows: int) -> LazyState | None:
+        """What lazy programs remember, if there are any for that many rows."""
+        if rows != 1 or CATCH_UP not in self.programs:
+            return None
+        return LazyState(self.programs[CATCH_UP], self.shape, self.weight_dtype, self.device)
+
+    def _prepare(self, name: str, cache: KVCache) -> Mapping[str, Tensor]:
+        """Make a cache what a program expects; returns the state that a lazy one reads.
+
+        Raises:
+            OptionError: If the program is a lazy one and the cache is not for one row.
+        """
+        lazy, waits = cache.lazy, name in LAZY.values()
+        if lazy is None:
+            if waits:
+                raise OptionError(f"program {name!r} is for one row", got=cache.batch)
+            return {}
+        if waits and not lazy.waits:
+            lazy.begin(cache.length)
+        elif lazy.waits and not waits:
+            last = torch.tensor([cache.length - 1])
+            self.run(CATCH_UP, last, *lazy.tensors.values(), *cache.tensors)
+        lazy.waits = waits
+        return lazy.tensors
 
     @torch.inference_mode()
     def step(self, ids: Tensor, cache: KVCache, *, program: str | None = None) -> dict[str, Any]:
@@ -140,6 +179,7 @@ class Session:
             "start": cache.start,
             "position": slots[:1],
             **cache.keep,
+            **self._prepare(name, cache),
         }
         inputs = self.program(name).inputs
         named = [arguments[key] for key in inputs[: len(inputs) - len(cache.tensors)]]
@@ -152,18 +192,31 @@ class Session:
         return results
 
     @property
+    def skips_units(self) -> bool:
+        """Whether the policy skips any unit."""
+        return self.policy.head_sparsity > 0 or self.policy.neuron_sparsity > 0
+
+    def policy_in_effect(self, batch: int) -> str:
+        """What decodes a batch of so many rows: `sparse`, `exact`, or `dense` and why."""
+        if self.skips_units:
+            return "sparse"
+        return "exact" if "exact" in self.programs else "dense"
+
+    @property
     def prompt_program(self) -> str:
         """Name of the program that a prompt runs."""
         predicted = self.policy.refresh != 1 and not self.static_keep
-        sparse = self.policy.head_sparsity > 0 or self.policy.neuron_sparsity > 0
-        return "prefill" if predicted and sparse else "dense"
+        return "prefill" if predicted and self.skips_units else "dense"
 
     def step_program(self, cache: KVCache) -> str:
         """Name of the program that the next token of a cache runs."""
         policy = self.policy
-        if policy.head_sparsity == policy.neuron_sparsity == 0:
+        if not self.skips_units:
             # SwiGLU has no exact zeros.
             return next(name for name in ("exact", "full", "dense") if name in self.programs)
         if self.static_keep:
-            return "hold"
-        return "decode" if policy.refresh and cache.steps % policy.refresh == 0 else "hold"
+            name = "hold"
+        else:
+            fresh = policy.refresh and cache.steps % policy.refresh == 0
+            name = "decode" if fresh else "hold"
+        return name if cache.lazy is None else LAZY[name]

@@ -56,7 +56,8 @@ def generate(
         show: Called with the text piece by piece.
 
     Returns:
-        `text` (without the prompt), `tokens` and `ms_per_token` (after the first new token).
+        `text` (without the prompt), `tokens`, `ms_per_token` (after the first new token) and
+        `policy_in_effect`.
 
     Raises:
         LengthError: If prompt and new tokens do not fit in the compiled length.
@@ -79,4 +80,5 @@ def generate(
         "text": model.tokenizer.decode(new, skip_special_tokens=True),
         "tokens": len(new),
         "ms_per_token": 1e3 * (last - first) / max(len(new) - 1, 1),
+        "policy_in_effect": model.session.policy_in_effect(1),
     }

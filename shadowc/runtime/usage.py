@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shadowc.config import ModelShape
-from shadowc.runtime.session import Session
+from shadowc.runtime.session import KEEP_PREFIXES, Session
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Usage:
         heads: float64 [L], heads run.
         neurons: float64 [L], neurons run.
         rows: float64 [L], rows of the second projection read.
+        keys: float64 [L], key/value heads whose rows were read.
     """
 
     shape: ModelShape
@@ -39,7 +40,8 @@ class Usage:
         self.heads = torch.zeros(self.shape.layers, dtype=torch.float64)
         self.neurons = torch.zeros_like(self.heads)
         self.rows = torch.zeros_like(self.heads)
-        self._elements, self._reads = 0.0, 0
+        self.keys = torch.zeros_like(self.heads)
+        self._elements, self._neurons_read, self._reads = 0.0, 0.0, 0
 
     @classmethod
     def of(cls, session: Session) -> Usage:
@@ -58,6 +60,8 @@ class Usage:
         batch = results["logits"].shape[0]
         self.tokens += batch
         results = {name: value.cpu() for name, value in results.items() if name != "logits"}
+        if not any(name.startswith(KEEP_PREFIXES) for name in results):
+            self.predictor_bytes = 0.0  # every unit ran: nothing was predicted
         heads = torch.full((shape.layers,), float(shape.heads * batch), dtype=torch.float64)
         if "head_count" in results:
             heads[1:] = results["head_count"].sum(dim=1, dtype=torch.float64)
@@ -75,10 +79,15 @@ class Usage:
             reads = 1
             heads = torch.full_like(heads, float(shape.heads))
             neurons = read = _union(results, shape)
-        keys_values = 2 * shape.layers * shape.kv_heads * shape.head_dim * reads
+        whole = torch.ones(reads, shape.kv_heads)  # lazy programs say what they computed
+        computed = (results.get(f"computed_{i}", whole) for i in range(shape.layers))
+        keys = torch.stack([(tokens > 0).sum() for tokens in computed]).double()
+        self.keys += keys
+        keys_values = 2 * float(keys.sum()) * shape.head_dim
         first = (2 if shape.gated else 1) * float(neurons.sum())
         units = float(heads.sum()) * 2 * shape.head_dim + keys_values + first + float(read.sum())
         self._elements += shape.hidden * units
+        self._neurons_read += float(neurons.sum())
         self._reads += reads
 
     @property
@@ -105,6 +114,12 @@ class Usage:
         return self._elements / max(self._reads, 1) * self.element_size
 
     @property
+    def neurons_read_share(self) -> float:
+        """Fraction of the neurons whose weights a token read; a step, if shared: the union's."""
+        units = self.shape.ffn * self.shape.layers
+        return self._neurons_read / max(self._reads * units, 1)
+
+    @property
     def weight_bytes_skipped(self) -> float:
         """Fraction of the layers' bytes not read, the predictor's own bytes counted against it."""
         return 1.0 - (self.layer_bytes + self.predictor_bytes) / self.dense_bytes
@@ -125,6 +140,7 @@ class Usage:
             "tokens": self.tokens,
             "head_sparsity": self.head_sparsity,
             "neuron_sparsity": self.neuron_sparsity,
+            "neurons_read_share": self.neurons_read_share,
             "weight_bytes_skipped": self.weight_bytes_skipped,
             "zero_rows_skipped": self.zero_rows_skipped,
             "dense_layer_bytes": self.dense_bytes,
@@ -133,6 +149,7 @@ class Usage:
             "heads_by_layer": [round(float(v) / n, 2) for v in self.heads],
             "neurons_by_layer": [round(float(v) / n, 1) for v in self.neurons],
             "rows_by_layer": [round(float(v) / n, 1) for v in self.rows],
+            "kv_heads_by_layer": [round(float(v) / max(self._reads, 1), 2) for v in self.keys],
         }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import signal
 import time
 from types import SimpleNamespace
 
@@ -10,8 +12,9 @@ import pytest
 import torch
 
 from shadowc.config import Policy
+from shadowc.errors import ModelError, OptionError
 from shadowc.evaluation import bench
-from shadowc.evaluation.bench import Variant, _take_turns, read_bandwidth, selection_ms
+from shadowc.evaluation.bench import Generated, Variant, _take_turns, read_bandwidth, selection_ms
 
 HALF = Policy(0.5, 0.5, min_neurons=2)
 
@@ -74,3 +77,62 @@ def test_selection_is_the_predictor_and_what_ranks(tiny_opt):
 
 def test_the_bandwidth_is_plausible():
     assert 1e8 < read_bandwidth(1 << 24, repeats=1) < 1e13
+
+
+def test_a_generation_is_timed_by_what_the_longer_one_takes_longer(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def generate(tokens):  # a prompt takes 2 s, the first call compiles
+        clock.now += 2.0 + 0.25 * tokens + (100.0 if clock.now == 0 else 0.0)
+
+    variant = Generated(generate, (8, 24))
+    variant.warm_up()
+    assert variant.compile_seconds == 108.0 and not variant.times and variant.spent == 0
+    _take_turns([variant], torch.zeros(1, 80, dtype=torch.int64), lambda share: None)
+    assert set(variant.times) == {0.25} and variant.ms == 250.0
+    assert variant.spent == 24.0 and len(variant.times) == 2  # 12 s a turn: then it sits out
+    assert bench.PATIENCE == 15.0
+
+
+def test_transformers_really_compiles(tiny_opt):
+    model = copy.deepcopy(tiny_opt.loaded.model)
+    torch._dynamo.utils.counters.clear()
+    variant = bench._compiled(model, tiny_opt.ids(1, 8), 16)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    frames = torch._dynamo.utils.counters["frames"]["ok"]
+    variant.decode(tiny_opt.ids(1, 8), measured=True)
+    assert len(variant.times) == 1 and variant.compile_seconds > 0
+    assert torch._dynamo.utils.counters["frames"]["ok"] == frames  # not in a turn
+
+
+def test_a_compile_that_fails_or_never_ends_is_one_error(monkeypatch):
+    def fails(tokens):
+        raise RuntimeError("no compiler\nand much more")
+
+    with pytest.raises(ModelError, match=r"(?s)could not compile.*got: no compiler$"):
+        Generated(fails, (8, 16)).warm_up()
+    monkeypatch.setattr(bench, "COMPILE_PATIENCE", 0.05)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(ModelError, match="transformers' compile takes too long"):
+        Generated(lambda tokens: time.sleep(5), (8, 16)).warm_up()
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_dejavu_needs_memory_for_its_predictors(tiny_opt, monkeypatch):
+    monkeypatch.setattr(bench, "free_memory", lambda session: 1000)
+    with pytest.raises(ModelError, match=r"(?s)dejavu's predictors.*[\d,]{7} bytes.*1,000 free"):
+        bench._dejavu(tiny_opt.session(HALF), tiny_opt.ids(1, 4), 16, False)
+
+
+def test_names_are_known_and_in_order():
+    with pytest.raises(OptionError, match=r"(?s)'magic'.*dense, exact, static, dejavu, hf"):
+        bench._check_names(("dense", "magic"), True)
+    with pytest.raises(OptionError, match="--no-hugging-face excludes --against hf-compiled"):
+        bench._check_names(("hf-compiled",), False)
+    artifact = SimpleNamespace(manifest={"dtype": "float16", "target": "cpu"})
+    names = list(bench._variants(artifact, ("hf-compiled", "hf", "static", "dense")))
+    assert names == ["static", "hugging_face", "hugging_face_fp32", "hugging_face_compiled"]
+    artifact.manifest["target"] = "h100"
+    assert list(bench._variants(artifact, bench.DEFAULT)) == ["exact", "hugging_face"]

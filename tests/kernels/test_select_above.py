@@ -17,7 +17,9 @@ def by_hand(scores: Tensor, threshold: Tensor) -> tuple[list[list[list[int]]], l
         for row in scores[:, layer].tolist():
             kept = [(float("inf") if s != s else s) > least for s in row]
             units = range(len(row))
-            index[-1].append([u for u in units if kept[u]] + [u for u in units[::-1] if not kept[u]])
+            index[-1].append(
+                [u for u in units if kept[u]] + [u for u in units[::-1] if not kept[u]]
+            )
             count[-1].append(sum(kept))
     return index, count
 

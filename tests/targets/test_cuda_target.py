@@ -24,10 +24,13 @@ from transformers import GenerationConfig
 import shadowc
 from shadowc import cuda, native
 from shadowc.artifact import MANIFEST, open_artifact
-from shadowc.compiler import build_programs
+from shadowc.compiler import build_programs, compile_model
 from shadowc.config import Policy
-from shadowc.errors import ArtifactError, KernelError, LengthError, OptionError
+from shadowc.errors import ArtifactError, KernelError, LengthError, NumericsError, OptionError
+from shadowc.evaluation import bench
+from shadowc.evaluation.baselines import dejavu_session, static_session
 from shadowc.evaluation.numerics import check_numerics
+from shadowc.evaluation.report import describe_artifact
 from shadowc.passes.manager import copy_module
 from shadowc.runtime.cuda import CudaSession
 from shadowc.runtime.loading import load_session
@@ -65,7 +68,9 @@ PROGRAMS = {
 }
 BATCHED = {"project_rows_kernel", "out_proj_rows_kernel", "hidden_kernel", "weigh_kernel"}
 ALONE = {"project_kernel", "qkv_kernel", "out_proj_kernel", "mlp_kernel"}
+CHOOSING = {"small_kernel", "fence_kernel"}
 ALWAYS = {"scale_kernel", "attention_kernel", "finish_kernel"}
+LAZY = {"lazy_qkv_kernel", "catch_up_kernel"}
 
 
 @pytest.fixture(autouse=True)
@@ -76,16 +81,20 @@ def profile():
     cuda.use(None)
 
 
-def lowered(tiny, name: str = "token", target: str = "a100", dtype=HALF) -> Session:
+def lowered(
+    tiny, name: str = "token", target: str = "a100", dtype=HALF, *, lazy: bool = False
+) -> Session:
     """A session of the target's programs, built once for all five: they differ in kernels alone."""
-    key = ("cuda", name, dtype)
+    key = ("cuda", name, dtype, lazy)
     if key not in tiny.built:
-        calibration = None if name == "dense" else tiny.with_taps(*TAPS.get(name, ((0,),))).calibration
+        calibration = (
+            None if name == "dense" else tiny.with_taps(*TAPS.get(name, ((0,),))).calibration
+        )
         if name == "static":
             calibration = dataclasses.replace(calibration, predictor="static", weights={})
         traced, backend = copy_module(tiny.traced), load_target(target)
         tiny.built[key] = build_programs(
-            traced, tiny.loaded, calibration, POLICIES[name], backend, dtype
+            traced, tiny.loaded, calibration, POLICIES[name], backend, dtype, lazy_kv=lazy
         )
     built = tiny.built[key]
     return Session(
@@ -216,21 +225,22 @@ def names(found) -> set[str]:
 @pytest.mark.parametrize("name", ["token", "every 3", "static", "dense", *TAPS])
 def test_record_finds_the_kernels_of_all_steps(tiny, name):
     session = lowered(tiny, name)
-    chooses = {"above_kernel"} if name in TAPS else {"small_kernel"}
+    chooses = {"above_kernel", "fence_kernel"} if name in TAPS else CHOOSING
     chooses = set() if name in ("static", "dense") else chooses
     one, two = record(session, 1), record(session, 2)
     assert names(one) == ALWAYS | ALONE | chooses
-    union = {"mark_kernel", "union_kernel"} if name != "dense" else set()
-    assert names(two) == ALWAYS | BATCHED | union | chooses
+    marks = {"mark_kernel"} if name != "dense" else set()
+    assert names(two) == ALWAYS | BATCHED | marks | chooses
     for spec, _ in one.values():
         if spec.name in ("attention_kernel", "mlp_kernel"):
             kinds = {kind for _, kind in spec.signature}
             assert "*fp16" in kinds and "*bf16" not in kinds
 
 
-def test_recording_is_the_same_every_time(tiny):
+@pytest.mark.parametrize("lazy", [False, True])
+def test_recording_is_the_same_every_time(tiny, lazy):
     """Also for the programs and tensors that a file gives back: serving finds what was compiled."""
-    session = lowered(tiny, "every 3")
+    session = lowered(tiny, "every 3", lazy=lazy)
     before = {batch: list(record(session, batch)) for batch in (1, 2, 3)}
     session.programs = {
         name: Program.from_json(json.loads(json.dumps(program.to_json())))
@@ -287,6 +297,18 @@ def test_prompts_find_their_kernels(tiny, batch, tokens):
         assert not {spec.name for key, (spec, _) in found.items() if key not in recorded}
 
 
+@pytest.mark.parametrize("name", ["token", "every 3", "static"])
+def test_record_finds_what_one_row_needs_to_wait(tiny, name):
+    lazy, plain = lowered(tiny, name, lazy=True), lowered(tiny, name)
+    made = {"lazy"} if name == "token" else {"lazy_hold"}
+    made |= {"lazy", "lazy_hold"} if name == "every 3" else set()
+    assert set(lazy.programs) == set(plain.programs) | made | {"catch_up"}
+    assert names(record(lazy, 1)) == names(record(plain, 1)) | LAZY
+    assert set(record(lazy, 2)) == set(record(plain, 2))
+    attentions = [s for s, _ in record(lazy, 1).values() if s.name == "attention_kernel"]
+    assert ("k_ptr", None) in {c for spec in attentions for c in spec.constants}
+
+
 # --- Compiling -----------------------------------------------------------------------------------
 
 
@@ -322,7 +344,8 @@ for name, policy in (("opt", policy), ("opt", above), ("llama", policy), ("llama
     if policy is above:
         tiny = tiny.with_taps((0, 1, 2), "normed")
     built = build_programs(
-        tiny.traced, tiny.loaded, tiny.calibration, policy, load_target("h100"), torch.float16
+        tiny.traced, tiny.loaded, tiny.calibration, policy, load_target("h100"), torch.float16,
+        lazy_kv=True,
     )
     sessions.append(Session(tiny.shape, policy, built.programs, built.packed, built.keep, 64))
 for target in ("a100", "l4", "h100"):
@@ -358,9 +381,10 @@ def artifact(compiled):
 
 
 def test_every_kernel_compiles_for_every_architecture(compiled):
-    every = ALWAYS | ALONE | BATCHED | {"mark_kernel", "union_kernel", "small_kernel"}
+    every = ALWAYS | ALONE | BATCHED | LAZY | {"mark_kernel"} | CHOOSING
     for target in ("a100", "l4", "h100"):
-        assert {name for where, name in compiled[1] if where == target} == every
+        fences = set() if target == "h100" else {"fence_kernel"}  # where no kernel starts early
+        assert {name for where, name in compiled[1] if where == target} == every - fences
 
 
 @pytest.fixture
@@ -611,6 +635,139 @@ def test_a_longer_cache_than_compiled_is_refused(tiny_opt, played):
         session.new_cache(1, session.max_seq_len + 1)
 
 
+# --- Keys and values that wait -------------------------------------------------------------------
+
+
+def agree(got, want):
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def complete(session, cache, ids, start, length):
+    """The caches after a prompt of two more tokens, which needs all that waited."""
+    session.step(ids[:, length : length + 2], cache)
+    return [tensor[:, :, : length + 2] for tensor in cache.tensors]
+
+
+@pytest.mark.parametrize("name", ["token", "every 3", "prompt", "static"])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_waiting_changes_nothing(tiny, played, name, graphs):
+    plain, lazy = (lowered(tiny, name, dtype=FULL, lazy=lazy) for lazy in (False, True))
+    if graphs:
+        lazy = played(lazy)
+    ids, start = tiny.ids(batch=1, tokens=64), torch.tensor([2])
+    want, whole = generate(plain, ids[:, :60], 5, start)
+    for _ in range(2):  # the second one in the memory of the first
+        gc.collect()
+        got, cache = generate(lazy, ids[:, :60], 5, start)
+        assert cache.lazy is not None and cache.lazy.waits
+        agree(got, want)
+        assert all(torch.equal(cache.keep[key], whole.keep[key]) for key in whole.keep)
+    behind = [
+        not torch.allclose(here[:, :, :60], there[:, :, :60], atol=1e-4)
+        for here, there in zip(cache.tensors, whole.tensors, strict=True)
+    ]
+    assert not any(behind[:2]) and any(behind[2:])  # layer 0 keeps all heads
+    for here, there in zip(
+        complete(lazy, cache, ids, start, 60), complete(plain, whole, ids, start, 60), strict=True
+    ):
+        agree(here, there)
+    assert not cache.lazy.waits
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_tokens_are_taken_back_and_other_programs_run_between(tiny, played, graphs):
+    plain, lazy = (lowered(tiny, dtype=FULL, lazy=lazy) for lazy in (False, True))
+    ids, others = (tiny.ids(batch=1, tokens=64, seed=seed) for seed in (0, 1))
+    found = []
+    for session in (plain, played(lazy) if graphs else lazy):
+        _, cache = generate(session, ids[:, :40], 4)
+        logits = []
+
+        def feed(tokens, session=session, cache=cache, logits=logits, **options):
+            for token in tokens:
+                ids = token[None, None]
+                logits.append(session.step(ids, cache, **options)["logits"].clone())
+
+        for back in (1, 3, 2):
+            cache.take_back(back)
+            feed(others[0, cache.length : cache.length + back + 1])
+        feed(others[0, 50:53], program="full")
+        feed(others[0, 53:56])
+        cache.take_back(2)
+        session.step(others[:, 56:58], cache)  # a prompt right after tokens were taken back
+        feed(others[0, 58:62])
+        found.append((torch.cat(logits, 1), complete(session, cache, ids, None, 50), cache))
+    agree(found[1][0], found[0][0])
+    assert found[0][2].length == found[1][2].length
+    for here, there in zip(found[1][1], found[0][1], strict=True):
+        agree(here, there)
+
+
+def test_batches_do_not_wait(tiny_opt, played):
+    session = played(lowered(tiny_opt, dtype=FULL, lazy=True))
+    assert session.step_program(session.new_cache(1)) == "lazy"
+    _, one = generate(session, tiny_opt.ids(batch=1, tokens=6))
+    assert one.lazy.waits
+    del one
+    gc.collect()
+    assert not session.new_cache(1).lazy.waits  # what was remembered was another batch's
+    two = session.new_cache(2)
+    assert two.lazy is None and session.step_program(two) == "decode"
+    want, _ = generate(lowered(tiny_opt, dtype=FULL), tiny_opt.ids(tokens=9))
+    agree(generate(session, tiny_opt.ids(tokens=9))[0], want)
+    padded = played(lowered(tiny_opt, dtype=FULL, lazy=True), (2,)).new_cache(1)
+    assert padded.lazy is None  # a row that is padded to two
+    with pytest.raises(OptionError, match="'lazy' is for one row"):
+        session.step(tiny_opt.ids(tokens=1), two, program="lazy")
+
+
+def test_usage_counts_the_keys_that_were_read(tiny):
+    session, plain = (lowered(tiny, dtype=FULL, lazy=lazy) for lazy in (True, False))
+    ids, shape = tiny.ids(batch=1, tokens=30), tiny.shape
+    usages = []
+    for one in (session, plain):
+        cache, usage, read = one.new_cache(1), Usage.of(one), 0
+        one.step(ids[:, :4], cache)
+        for token in range(4, 30):
+            results = one.step(ids[:, token : token + 1], cache)
+            usage.add(results)
+            read += sum(int((results[f"computed_{i}"] > 0).sum()) for i in (1, 2)
+                        if f"computed_{i}" in results)  # fmt: skip
+        usages.append((usage, read))
+    (lazy, read), (whole, _) = usages
+    assert 0 < read < 2 * shape.kv_heads * 26
+    assert lazy.keys.tolist()[0] == shape.kv_heads * 26 and int(lazy.keys.sum()) == (
+        read + shape.kv_heads * 26
+    )
+    saved = (3 * shape.kv_heads * 26 - int(lazy.keys.sum())) / 26
+    less = saved * 2 * shape.head_dim * shape.hidden * lazy.element_size
+    assert whole.layer_bytes - lazy.layer_bytes == pytest.approx(less)
+    assert whole.to_json()["kv_heads_by_layer"] == [shape.kv_heads] * 3
+
+
+@pytest.mark.parametrize("broken", [None, "lazy", "decode"])
+def test_compile_checks_both_ways_to_decode(tiny_opt, broken):
+    session = lowered(tiny_opt, dtype=FULL, lazy=True)
+    tolerances = load_target("a100").tolerances(FULL)
+    if broken is None:
+        report = check_numerics(session, tiny_opt.loaded, tolerances)
+        assert sum(report["kv_heads_by_layer"]) < 3 * tiny_opt.shape.kv_heads
+        return
+    other = session.with_program(broken, session.programs["full"])
+    with pytest.raises(NumericsError, match="the lazy program does not agree with the decode"):
+        check_numerics(other, tiny_opt.loaded, tolerances)
+
+
+def test_who_cannot_wait_is_told(tiny_opt, tmp_path):
+    with pytest.raises(OptionError, match=r"(?s)'cpu' has no lazy keys.*--lazy-kv with a CUDA"):
+        load_target("cpu", lazy_kv=True)
+    with pytest.raises(OptionError, match="every head runs"):
+        compile_model(
+            tiny_opt.loaded, tiny_opt.calibration, Policy(0.0, 0.5), tmp_path / "artifact",
+            target="a100", lazy_kv=True,
+        )  # fmt: skip
+
+
 def test_settings_of_one_artifact_do_not_leak(tiny_opt):
     cuda.use("h100")
     with cuda.using("l4", jit=True):
@@ -633,3 +790,135 @@ def test_bytes_of_a_batch_are_those_of_the_union(tiny_opt):
     attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.hidden
     assert usage.layer_bytes == 2 * shape.layers * (attention + 20 * 2 * shape.hidden)
     assert usage.neuron_sparsity == 1 - 10 / shape.ffn
+    assert usage.neurons_read_share == usage.to_json()["neurons_read_share"] == 20 / shape.ffn
+
+
+# --- Batches that run dense ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", ["full", "dense"])
+@pytest.mark.parametrize("name", ["token", "every 3", "prompt", "static"])
+def test_from_a_batch_on_every_unit_runs(tiny, played, caplog, name, program):
+    session = lowered(tiny, name, dtype=FULL)
+    graphs = played(session)
+    graphs.dense_from_batch, graphs.dense_program = 4, program
+    assert [graphs.policy_in_effect(batch) for batch in (1, 2, 3, 4)] == [
+        "sparse", "sparse", "dense (batch 4 >= 4)", "dense (batch 4 >= 4)",
+    ]  # fmt: skip
+    ids = tiny.ids(batch=3, tokens=8)
+    want, _ = generate(lowered(tiny, "dense", dtype=FULL), ids)  # zero rows are zero in any
+    got, cache = generate(graphs, ids)  # 3 rows run as 4
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert list(cache.memory.graphs) == [program] and not cache.keep
+    usage = Usage(tiny.shape, 4, session.predictor_bytes, rows_share=True)
+    usage.add(graphs.step(ids[:, :1], cache))
+    assert usage.neurons_read_share == 1 and usage.weight_bytes_skipped == 0
+    assert usage.head_sparsity == usage.neuron_sparsity == usage.predictor_bytes == 0
+
+    got, cache = generate(graphs, ids[:2])
+    want, _ = generate(session, ids[:2])
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert not {"full", "dense"} & set(cache.memory.graphs)
+    said = [record.getMessage() for record in caplog.records if "dense" in record.getMessage()]
+    assert said == [f"dense (batch 4 >= 4): every unit runs, by program {program}; sparse below"]
+
+
+def test_what_is_asked_for_by_name_runs_whatever_the_batch(tiny_opt, played):
+    graphs, ids = played(lowered(tiny_opt, dtype=FULL)), tiny_opt.ids(batch=4, tokens=6)
+    graphs.dense_from_batch = 2
+    _, cache = generate(graphs, ids)
+    graphs.step(ids[:, :1], cache, program="decode")
+    assert list(cache.memory.graphs) == ["full", "decode"] and cache.keep
+
+
+def test_an_artifact_that_skips_nothing_has_no_batch_to_switch_at(tiny, played):
+    graphs = played(lowered(tiny, "dense", dtype=FULL))
+    graphs.dense_from_batch = 2
+    assert graphs.policy_in_effect(4) == ("dense" if tiny.shape.gated else "exact")
+    assert graphs._stated is False
+
+
+def test_the_manifest_says_from_which_batch_on(monkeypatch):
+    backend = load_target("h100")
+    never = {"dense_from_batch": None, "dense_program": "full"}
+    assert backend.batch_policy(0) == never
+    assert backend.batch_policy(6) == {"dense_from_batch": 6, "dense_program": "full"}
+    measured = dataclasses.replace(backend.profile, dense_from_batch=8, dense_program="dense")
+    monkeypatch.setattr(backend, "profile", measured)
+    assert backend.batch_policy(None) == {"dense_from_batch": 8, "dense_program": "dense"}
+    assert backend.batch_policy(0)["dense_from_batch"] is None
+    for wrong in (-1, 1):
+        with pytest.raises(OptionError, match="--dense-from-batch is out of range"):
+            backend.batch_policy(wrong)
+    with pytest.raises(OptionError, match="cpu target"):
+        load_target("cpu").batch_policy(4)
+
+
+def test_a_switch_that_nothing_skips_is_refused(tiny_opt, tmp_path):
+    with pytest.raises(OptionError, match="no batch skips anything"):
+        compile_model(
+            tiny_opt.loaded, None, Policy(0.0, 0.0), tmp_path / "a", target="h100",
+            dense_from_batch=4,
+        )  # fmt: skip
+
+
+def test_loading_follows_the_manifest(copy, monkeypatch):
+    backend = load_target("a100")
+    monkeypatch.setattr(type(backend), "serve", lambda self, session, *rest, **more: session)
+
+    def edit(**entries):
+        manifest = json.loads((copy / MANIFEST).read_text()) | entries
+        (copy / MANIFEST).write_text(json.dumps(manifest))
+        return open_artifact(copy)
+
+    artifact = open_artifact(copy)
+    assert artifact.manifest["dense_from_batch"] is None  # not measured
+    assert load_session(artifact).dense_from_batch is None
+    assert describe_artifact(artifact)["policy_in_effect"] == "sparse"
+    artifact = edit(dense_from_batch=4, dense_program="dense")
+    session = load_session(artifact)
+    assert (session.dense_from_batch, session.dense_program) == (4, "dense")
+    found = describe_artifact(artifact)
+    assert found["policy_in_effect"] == "sparse; dense (batch >= 4, program dense)"
+    assert found["dense_from_batch"] == 4
+    with pytest.raises(ArtifactError, match="no program 'magic'"):
+        load_session(edit(dense_program="magic"))
+    with pytest.raises(ArtifactError, match="not a manifest"):
+        load_session(edit(dense_from_batch="many"))
+
+
+def test_a_batch_without_kernels_is_not_measured(artifact):
+    with pytest.raises(OptionError, match=r"(?s)--batch is larger.*at most 1.*--batch-sizes"):
+        bench.bench(open_artifact(artifact), batch=2)
+
+
+def test_dejavu_needs_kernels_that_no_artifact_has(tiny_opt, played):
+    session = played(lowered(tiny_opt, dtype=FULL))
+    session._device = torch.device("cuda")
+    with pytest.raises(OptionError, match=r"(?s)'dejavu'.*--allow-jit"):
+        bench._dejavu(session, tiny_opt.ids(1, 4), 16, False)
+
+
+def test_static_finds_its_kernels(tiny):
+    """Its program is not in the artifact, but made of what `decode` launches."""
+    session = lowered(tiny)
+    for batch in (1, 2):
+        own = record(session, batch)
+        assert set(record(static_session(session), batch)) <= set(own)
+
+
+def test_baselines_run_as_graphs(tiny, played):
+    """What bench runs on a GPU, beside the artifact's own steps."""
+    session, ids = lowered(tiny, "every 3", dtype=FULL), tiny.ids(batch=2, tokens=8)
+    graphs = played(session)
+    graphs.dense_from_batch = 2  # whatever the artifact itself does with this batch
+    for make, program in ((static_session, "hold"), (dejavu_session, "decode")):
+        found = []
+        for one in (session, graphs):
+            other = make(one)
+            if program == "decode":
+                other, new = other
+                other.tensors |= {k: torch.ones(v.shape) for k, v in new.items()}
+            variant = bench._own(other, ids[:, :4], 16, program)
+            found.append(torch.cat([variant.step(ids[:, t : t + 1])["logits"] for t in (4, 5)], 1))
+        torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)

@@ -22,6 +22,7 @@ from shadowc import cuda, native
 from shadowc.errors import KernelError
 from shadowc.kernels import (
     decode_attention,
+    lazy_qkv,
     linear,
     norm_linear,
     norm_mlp,
@@ -320,6 +321,147 @@ def test_attention(batch, heads, groups, dim, slots, position, start, rotary, sh
     assert not cuda.counters("cpu", batch * heads).any()  # as they were found
 
 
+@interpreted
+@pytest.mark.parametrize("rotary, position", [(False, 0), (True, 50)])
+def test_attention_over_a_cache_that_has_the_token(rotary, position):
+    """Without new keys and values: the same context as when they were given before."""
+    arguments = state(2, 4, 2, 16, 70, position, HALF, "some", rotary)
+    keep = keep_set("half", 2, 4)
+    want = decode_attention._decode_attention_cuda(*arguments, *keep)
+    q, _, _, *rest = arguments
+    before = [cache.clone() for cache in arguments[5:7]]
+    got = decode_attention._decode_attention_cuda(q, None, None, *rest, *keep)
+    assert torch.equal(got, want)
+    for cache, old in zip(arguments[5:7], before, strict=True):
+        assert torch.equal(cache.nan_to_num(7), old.nan_to_num(7))
+
+
+# --- Keys and values that wait -------------------------------------------------------------------
+
+LAZY = [
+    # C, H, G, D, parts, dtype, rotary, steps
+    (80, 4, 4, 8, 3, HALF, False, 72),
+    (97, 4, 2, 24, 3, HALF, True, 72),
+    (64, 4, 1, 8, 1, BF16, True, 24),
+    (1030, 2, 2, 8, 70, HALF, False, 20),  # two tiles of columns, the last ones nearly empty
+    (300, 2, 2, 40, 2, FULL, True, 18),
+]
+
+
+def waiting(width, groups, dim, dtype, rotary, slots, first):
+    """State after a prompt of `first` tokens; what nobody may see holds NaN."""
+    caches = [torch.full((1, groups, slots, dim), torch.nan, dtype=dtype) for _ in range(2)]
+    for cache in caches:
+        cache[:, :, :first] = torch.randn(groups, first, dim).to(dtype)
+    window = torch.full((lazy_qkv.WINDOW, width), torch.nan, dtype=dtype)
+    moments = torch.full((lazy_qkv.WINDOW, 2), torch.nan)
+    turns = torch.full((2, lazy_qkv.WINDOW, dim), torch.nan) if rotary else None
+    filled = torch.full((2, groups), first, dtype=torch.int32)
+    return [window, moments, filled, turns, *caches]
+
+
+def clones(state):
+    return [None if x is None else x.clone() for x in state]
+
+
+def turns_of(dim, rotary):
+    turn = torch.rand(1, 1, dim // 2).repeat(1, 1, 2) * 6
+    return (turn.cos(), turn.sin()) if rotary else (None, None)
+
+
+@interpreted
+@pytest.mark.parametrize("width, heads, groups, dim, parts, dtype, rotary, steps", LAZY)
+def test_lazy_qkv(width, heads, groups, dim, parts, dtype, rotary, steps):
+    """Against keys and values that are computed at once, with masks new at every token."""
+    norm, first = "rms" if rotary else "layer", 5
+    gamma = given(1, width, dtype, norm)[0]
+    q, k, v = (matrix(n * dim, width, gamma, norm) for n in (heads, groups, groups))
+    v = (*v[:2], None)
+    mine = waiting(width, groups, dim, dtype, rotary, first + steps, first)
+    theirs, whole = clones(mine), clones(mine)[-2:]
+    seen, longest = set(), 0
+    for step in range(steps):
+        x = torch.randn(1, 1, width) + 0.5
+        pieces = [scale.scale_reference(p, gamma[: p.shape[2]])[1]
+                  for p in x.split(-(-width // parts), 2)]  # fmt: skip
+        head = (scale.scale_reference(x, gamma)[0], torch.cat(pieces, 1), norm, EPS)
+        mask = torch.rand(1, heads) < 0.5
+        mask[0, 0] = step % 40 == 39  # away for longer than two windows
+        if heads // groups > 1:
+            mask[0, 1] = False
+        keep = torch.ops.shadowc.compact(mask)
+        position, turned = torch.tensor([first + step]), turns_of(dim, rotary)
+        keys, values = norm_qkv.norm_qkv_reference(*head, *q, *k, *v, dim, None, None)[1:]
+        rest = (torch.zeros(1, dtype=torch.int64), position, 1.0, None, None)
+        decode_attention._decode_attention_cuda(
+            torch.zeros(1, 1, groups * dim, dtype=dtype), keys, values, *turned, *whole, *rest
+        )
+        rest = (dim, *keep, position, *turned)
+        want = lazy_qkv.lazy_qkv_reference(*head, *q, *k, *v, *rest, *theirs)
+        idle = (want[1] == 0).repeat_interleave(dim)
+        bad = [(w[0].masked_fill(idle[:, None], torch.nan), *w[1:]) for w in (k, v)]
+        for _ in range(1 + (step % 9 == 8)):  # a step may be repeated: graphs are warmed up
+            got = lazy_qkv._lazy_qkv_cuda(*head, *q, *bad[0], *bad[1], *rest, *mine)
+        where = mask.repeat_interleave(dim, 1)[:, None]
+        agree(got[0].where(where, 0.0), want[0])
+        assert torch.equal(got[1], want[1]) and torch.equal(mine[2], theirs[2])
+        seen |= set(got[1].flatten().tolist())
+        longest = max(longest, int(got[1].max()))
+        for group in mask[0].view(groups, -1).any(1).nonzero().flatten():
+            for cache, other in zip(mine[-2:], whole, strict=True):
+                agree(cache[0, group, : first + step + 1], other[0, group, : first + step + 1])
+    assert {0, 1} < seen and (longest == lazy_qkv.WINDOW or steps < 70 or heads > groups)
+    assert int(mine[2].min()) < first + steps  # somebody still waits
+    rest = (torch.tensor([first + steps - 1]), *mine)
+    lazy_qkv._catch_up_cuda(*k, *v, *rest)
+    lazy_qkv.catch_up_reference(*k, *v, rest[0], *theirs)
+    for cache, other, reference in zip(mine[-2:], whole, theirs[-2:], strict=True):
+        agree(cache, other)
+        agree(cache, reference)
+
+
+@interpreted
+@pytest.mark.parametrize("position, share, rotary", [(40, "None", True), (41, "half", False)])
+def test_lazy_qkv_from_any_state(position, share, rotary):
+    """Heads that lack 1 to 16 tokens, and heads that have more: tokens were taken back."""
+    width, heads, groups, dim = 64, 20, 20, 8
+    gamma, head = given(1, width, HALF, "layer", 2)
+    matrices = [part for _ in range(3) for part in matrix(heads * dim, width, gamma, "layer")]
+    keep = keep_set(share, 1, heads)
+    mine = waiting(width, groups, dim, HALF, rotary, 60, 60)
+    mine[0].normal_()
+    mine[1].uniform_(0.5, 1.5)
+    if rotary:
+        mine[3].uniform_(-1, 1)
+    mine[2][:] = position + 3 - torch.arange(groups).clamp(max=18)
+    before, theirs = clones(mine), clones(mine)
+    arguments = (*head, *matrices, dim, *keep, torch.tensor([position]), *turns_of(dim, rotary))
+    got = lazy_qkv._lazy_qkv_cuda(*arguments, *mine)
+    want = lazy_qkv.lazy_qkv_reference(*arguments, *theirs)
+    assert torch.equal(got[1], want[1]) and {1, 16} < set(got[1].flatten().tolist())
+    assert torch.equal(mine.pop(2), theirs.pop(2))
+    for here, there in zip(mine, theirs, strict=True):
+        assert (here is None) == (there is None)
+        if here is not None:
+            agree(here, there)
+    for here, old in zip(mine[-2:], before[-2:], strict=True):  # nothing else is written
+        first = (position + 3 - torch.arange(groups).clamp(max=18)).clamp(max=position)
+        slots = torch.arange(60)
+        others = (slots < first[:, None]) | (slots > position) | (got[1][0] == 0)[:, None]
+        assert torch.equal(here[0][others], old[0][others])
+    if share == "None":
+        rest = (*matrices[3:], torch.tensor([position]))
+        last, reference = clones(before), clones(before)
+        for state_ in (last, reference):  # the copy that a step at `position` leaves
+            state_[2][:] = torch.arange(groups) % 19 + position - 15
+        lazy_qkv._catch_up_cuda(*rest, *last)
+        lazy_qkv.catch_up_reference(*rest, *reference)
+        for here, there, old in zip(last[-2:], reference[-2:], before[-2:], strict=True):
+            agree(here, there)
+            assert not torch.equal(here, old)
+            assert torch.equal(here[:, :, position + 1 :], old[:, :, position + 1 :])
+
+
 @pytest.mark.parametrize("dtype", [HALF, BF16])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_attention_of_half_precision_on_a_cpu(dtype, tokens):
@@ -463,23 +605,20 @@ def test_nan_of_one_row_stays_there(share):
 
 @interpreted
 @pytest.mark.parametrize("share", ["zero", "one", "half", "all"])
-@pytest.mark.parametrize("units", [1, 17, 130])
-def test_union(share, units):
+@pytest.mark.parametrize("units", [1, 17, 1030])
+def test_keep_sets_become_masks(share, units):
     keep = keep_set(share, 3, units)
-    index, count, mask = batch_kernels.union(*keep)
     wanted = native.keep_mask(*keep, units)
-    assert torch.equal(mask, wanted.to(torch.int8))
-    assert index[: int(count)].tolist() == wanted.any(0).nonzero().flatten().tolist()
+    assert torch.equal(batch_kernels.masks(*keep), wanted.to(torch.int8))
 
 
 @interpreted
-def test_union_with_a_row_that_pads_the_batch():
+def test_mask_of_a_row_that_pads_the_batch():
     """Such a row keeps none; its index names every unit all the same."""
     index, count = keep_set("half", 2, 20)
     index[1], count[1] = torch.arange(20), 0
-    every, size, mask = batch_kernels.union(index, count)
+    mask = batch_kernels.masks(index, count)
     assert torch.equal(mask, native.keep_mask(index, count, 20).to(torch.int8))
-    assert torch.equal(every[: int(size)], index[0, : int(count[0])])
 
 
 # --- Linear and RMS norm -------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shadowc.cuda import recording
+from shadowc.cuda import recording, using
 from shadowc.kernels.select import select_reference
 
 tl = pytest.importorskip("triton.language")
@@ -161,7 +161,8 @@ def test_a_last_chunk_that_is_not_full():
 @interpreted
 @pytest.mark.parametrize("shape, kernels", [((2, 3, 17), 1), ((1, 2, 20480), 4)], ids=str)
 def test_meta_tensors(shape, kernels):
-    with recording() as noted:
-        index, count = module.select(torch.empty(shape, device="meta"), 9, 1, False)
-    assert len(noted) == kernels
+    for gpu, fences in (("a100", 0), ("h100", 1)):
+        with using(gpu, None), recording() as noted:
+            index, count = module.select(torch.empty(shape, device="meta"), 9, 1, False)
+        assert len(noted) == kernels + fences
     assert index.shape == (shape[1], shape[0], shape[2]) and count.shape == (shape[1], shape[0])
