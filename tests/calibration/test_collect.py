@@ -109,7 +109,7 @@ def test_a_batch_with_padding_equals_its_examples_alone(tiny):
     together = collector.run([short, long])
     for row, one in enumerate((short, long)):
         alone, n = collector.run([one]), len(one.ids)
-        torch.testing.assert_close(together.feature[row, :n], alone.feature[0])
+        torch.testing.assert_close(together.features[0][row, :n], alone.features[0][0])
         for kind in ("heads", "neurons"):
             for pair, single in zip(getattr(together, kind), getattr(alone, kind), strict=True):
                 for x, y in zip(pair, single, strict=True):
@@ -122,10 +122,10 @@ def test_features_alone_are_the_features_of_the_pass(tiny, feature):
     examples = [example(tiny, 7), example(tiny, 5)]
     alone, counts = collector.features(examples)
     batch = collector.run(examples)
-    torch.testing.assert_close(alone, batch.feature, rtol=0, atol=0)
+    torch.testing.assert_close(alone, batch.features, rtol=0, atol=0)
     assert torch.equal(counts, batch.counts)
     a = batch.heads[0][0].flatten(2)
-    assert torch.equal(batch.feature, a) == (feature == "context")
+    assert torch.equal(batch.features[0], a) == (feature == "context")
 
 
 def test_the_model_is_left_as_it_was(tiny):

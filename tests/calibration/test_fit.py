@@ -42,7 +42,7 @@ def all_scores(tiny, criterion, data, feature="residual"):
         squares[kind] = torch.stack(
             [g[batch.counts].double().square().sum(-1).mean(0) for _, g in values]
         )
-    return batch.feature[batch.counts].double(), scores, squares
+    return batch.features[0][batch.counts].double(), scores, squares
 
 
 def ranking_units(criterion, scores, squares):
@@ -61,7 +61,7 @@ def test_static_scores_are_means(tiny, criterion):
     data = examples(tiny)
     options = dataclasses.replace(QUICK, criteria=(criterion,), predictor="static")
     (found,) = calibrate(tiny.loaded, data, options)
-    assert found.build_predictor() is None and found.rank == 0 and not found.weights
+    assert found.build_predictors() == [] and found.rank == 0 and not found.weights
     _, scores, squares = all_scores(tiny, criterion, data[:7] + data[8:])
     ranked = ranking_units(criterion, scores, squares)
     for got, kind in ((found.mean_head_scores, "heads"), (found.mean_neuron_scores, "neurons")):
@@ -74,13 +74,15 @@ def test_the_predictor_is_the_ridge_regression(tiny, feature):
     data = examples(tiny)
     options = dataclasses.replace(QUICK, rank=1000, feature=feature)
     (found,) = calibrate(tiny.loaded, data, options)
-    predictor = found.build_predictor()
+    (predictor,) = found.build_predictors()
     x, scores, squares = all_scores(tiny, "sens", data[:7] + data[8:], feature)
     ranked = ranking_units("sens", scores, squares)
     targets = torch.cat((ranked["heads"][:, 1:].flatten(1), ranked["neurons"].flatten(1)), dim=1)
     targets = targets.sqrt()
-    torch.testing.assert_close(predictor.feature_mean.double(), x.mean(0), rtol=1e-4, atol=1e-5)
-    phi = predictor.expand(x.float()).double()
+    collector = Collector(tiny.loaded.model, tiny.shape, feature)
+    (feature_map,) = fit_module._feature_maps(collector, data[:7] + data[8:], options)
+    torch.testing.assert_close(feature_map.mean.double(), x.mean(0), rtol=1e-4, atol=1e-5)
+    phi = feature_map.expand(x.float()).double()
     n, p = phi.shape
     assert p == found.rank == x.shape[1] + options.random_features
     centred = phi - phi.mean(0)
@@ -100,7 +102,7 @@ def test_rank_buys_fit_and_is_bounded(tiny):
     errors = []
     for rank in (1, 4, 16, 64):
         (found,) = calibrate(tiny.loaded, data, dataclasses.replace(QUICK, rank=rank))
-        predicted = found.build_predictor()(x.float()[None])[1][0]
+        predicted = found.build_predictors()[0](x.float()[None])[1][0]
         errors.append(float((predicted - target).square().mean()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.9 * errors[0]
 
@@ -127,8 +129,8 @@ def test_held_out_examples_are_held_out(tiny):
     (first,) = calibrate(tiny.loaded, data, QUICK)
     data[7] = Example(data[7].ids[::-1], data[7].scored)
     (second,) = calibrate(tiny.loaded, data, QUICK)
-    for name, value in first.tensors().items():
-        assert torch.equal(second.tensors()[name], value)
+    for name, value in first.tensors().items():  # quantiles are of the held-out predictions
+        assert torch.equal(second.tensors()[name], value) == ("quantiles" not in name)
     assert first.metrics["spearman_neurons"] != second.metrics["spearman_neurons"]
 
 
@@ -170,8 +172,8 @@ def test_rule_5_train_and_serve_see_the_same_feature(tiny):
     policy = Policy(0.5, 0.5, min_neurons=2)
     ids = tiny.ids(2, 8, seed=5)
     data = [Example(row, [True] * len(row)) for row in ids.tolist()]
-    feature = Collector(model, tiny.shape, "residual").run(data).feature
-    heads, neurons = found.build_predictor()(feature)
+    (feature,) = Collector(model, tiny.shape, "residual").run(data).features
+    heads, neurons = found.build_predictors()[0](feature)
     result = teacher_forced(tiny.session(policy, calibration=found), ids)
     for name, scores, first, (keep, floor) in (
         ("head_mask", heads, 1, (policy.heads_kept(tiny.shape), policy.min_heads)),
@@ -230,8 +232,8 @@ def test_too_few_examples(tiny):
     ("changes", "message"),
     [
         ({"criteria": ("magnitude",)}, "plainact, l2norm, sens, random"),
-        ({"predictor": "oracle"}, "shadow, static"),
-        ({"feature": "embedding"}, "residual, context"),
+        ({"predictor": "oracle"}, "shadow, layerwise, static"),
+        ({"feature": "embedding"}, "residual, normed, context"),
         ({"rank": 0}, "rank"),
         ({"batch_tokens": 0}, "batch_tokens"),
         ({"random_features": -1}, "random_features"),

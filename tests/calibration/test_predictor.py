@@ -2,7 +2,7 @@ import torch
 from torch.export import Dim
 
 from shadowc.calibration.predictor import ShadowPredictor
-from shadowc.config import ModelShape
+from shadowc.config import ModelShape, taps_of
 
 SHAPE = ModelShape("opt", 3, 4, 4, 8, 32, 48, 100, 64, "relu", False)
 
@@ -19,9 +19,8 @@ def test_shapes_and_formula():
     made, x = predictor(), torch.randn(2, 6, 32)
     heads, neurons = made(x)
     assert heads.shape == (2, 6, 2, 4) and neurons.shape == (2, 6, 3, 48)
-    z = (x - made.feature_mean) * made.feature_scale
-    phi = torch.cat((z, (z @ made.features_weight.T + made.features_bias).relu()), dim=-1)
-    code = phi @ made.encoder_weight.T + made.encoder_bias
+    hidden = x @ made.first_weight.T + made.first_bias
+    code = hidden[..., 7:] + hidden[..., :7].relu() @ made.mixer_weight.T
     torch.testing.assert_close(heads.flatten(2), code @ made.heads_weight.T + made.heads_bias)
     torch.testing.assert_close(neurons.flatten(2), code @ made.neurons_weight.T + made.neurons_bias)
 
@@ -39,3 +38,12 @@ def test_exports_with_dynamic_batch_and_tokens():
     )
     for got, expected in zip(program.module()(x), made(x), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_a_tap_scores_its_own_layers():
+    torch.manual_seed(0)
+    first, last = taps_of(SHAPE.layers, (0, 2))
+    heads, neurons = ShadowPredictor(SHAPE, 5, 7, tap=first)(torch.randn(2, 6, 32))
+    assert heads.shape == (2, 6, 2, 4) and neurons.shape == (2, 6, 2, 48)  # layers 1, 2 and 0, 1
+    heads, neurons = ShadowPredictor(SHAPE, 5, 7, tap=last)(torch.randn(2, 6, 32))
+    assert heads.shape[2] == 0 and neurons.shape == (2, 6, 1, 48)

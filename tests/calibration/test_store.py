@@ -25,13 +25,15 @@ def make(feature: str = "residual", predictor: str = "shadow") -> Calibration:
     torch.manual_seed(0)
     width = SHAPE.hidden if feature == "residual" else SHAPE.heads * SHAPE.head_dim
     network = ShadowPredictor(SHAPE, 5, 7, width)
-    weights = {name: torch.randn_like(value) for name, value in network.state_dict().items()}
+    state = network.state_dict().items()
+    weights = {f"0.{name}": torch.randn_like(value) for name, value in state}
     return Calibration(
         model={"name": "tiny", "fingerprint": "0"}, shape=SHAPE, criterion="sens",
-        predictor=predictor, feature=feature, rank=5, random_features=7, data="pydoc",
+        predictor=predictor, feature=feature, taps=(0,) if predictor == "shadow" else (), rank=5, random_features=7, data="pydoc",
         examples=2, tokens=10, seq_len=8, seed=0, metrics={"spearman_heads": 0.5}, versions={},
         mean_head_scores=torch.rand(3, 4), mean_neuron_scores=torch.rand(3, 48),
-        zero_rate=torch.rand(3, 48), weights=weights if predictor == "shadow" else {},
+        zero_rate=torch.rand(3, 48), head_quantiles=torch.rand(3, 257).sort().values,
+        neuron_quantiles=torch.rand(3, 257).sort().values, weights=weights if predictor == "shadow" else {},
     )  # fmt: skip
 
 
@@ -46,10 +48,11 @@ def test_round_trip(tmp_path, feature, predictor):
         assert torch.equal(loaded.tensors()[name], value)
     assert {path.name for path in (tmp_path / "deep" / "c").iterdir()} == {JSON_FILE, TENSOR_FILE}
     if predictor == "static":
-        assert loaded.build_predictor() is None
+        assert loaded.build_predictors() == []
     else:
-        x = torch.randn(2, 3, len(saved.weights["feature_mean"]))
-        for a, b in zip(loaded.build_predictor()(x), saved.build_predictor()(x), strict=True):
+        x = torch.randn(2, 3, saved.weights["0.first_weight"].shape[1])
+        (here,), (there,) = loaded.build_predictors(), saved.build_predictors()
+        for a, b in zip(here(x), there(x), strict=True):
             assert torch.equal(a, b)
 
 
