@@ -90,7 +90,7 @@ def random_calibration(shape: ModelShape, rank: int) -> Calibration:
     """A predictor of the stated rank with random weights."""
     generator = torch.Generator().manual_seed(0)
     network = ShadowPredictor(shape, rank, 512)
-    for name, buffer in network.named_buffers():
+    for buffer in network.buffers():
         if buffer.dim() > 1:
             buffer.normal_(0, buffer.shape[1] ** -0.5, generator=generator)
     zeros, none = torch.zeros(shape.layers, shape.ffn), torch.zeros(shape.layers, QUANTILES)

@@ -1,8 +1,9 @@
 """Keep sets from thresholds: the units whose score is above that of their layer.
 
 Nothing is ranked, so one pass over the scores is enough, and a layer may keep any number of units,
-none included. NaN counts as +infinity. scores [B, L, N] float32, threshold [L] float32 -> index int32
-[L, B, N], the kept units ascending, then the others descending; count int32 [L, B]: how many are kept.
+none included. NaN counts as +infinity. scores [B, L, N] float32, threshold [L] float32 -> index
+int32 [L, B, N], the kept units ascending, then the others descending; count int32 [L, B]: how many
+are kept.
 """
 
 from __future__ import annotations

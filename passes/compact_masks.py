@@ -6,10 +6,9 @@
     scores -> above thresholds -> ...  ->  select_above(scores, threshold) -> ...
         ->  inputs head_index, head_count, neuron_index, neuron_count    (hold: no predictor runs)
 
-The graph then returns the keep sets it ran with, by name: `module.meta["outputs"]`. Those of several
-taps are joined at its very end, where nothing waits for them. When a policy
-keeps all heads, their keep set is left out and the ops run all of them; a graph without masks
-keeps all.
+The graph then returns the keep sets it ran with, by name: `module.meta["outputs"]`. Those of
+several taps are joined at its very end, where nothing waits for them. When a policy keeps all
+heads, their keep set is left out and the ops run all of them; a graph without masks keeps all.
 """
 
 from __future__ import annotations
@@ -53,7 +52,9 @@ def compact_masks(module: fx.GraphModule, *, policy: Policy, hold: bool = False)
     results = {"logits": graph.output_node().args[0][0]}
     budgets = (("head", policy.heads_kept(shape), shape.heads * (shape.layers - 1)),
                ("neuron", policy.neurons_kept(shape), shape.ffn * shape.layers))  # fmt: skip
-    for kind, kept, all_units in budgets if keep is not None else ():
+    for kind, kept, all_units in budgets:
+        if keep is None:
+            break
         choices = [choice for choice in keep.choices if choice.kind == kind]
         layers = [layer for choice in choices for layer in choice.layers]
         if kept == all_units:

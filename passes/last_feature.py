@@ -39,6 +39,7 @@ def last_feature(module: fx.GraphModule) -> bool:
         (feature,) = {a for node in readers for a in node.all_input_nodes if a.op != "get_attr"}
         with module.graph.inserting_before(readers[0]):
             last = call(aten.to.dtype, (call(aten.slice.Tensor, (feature, 1, -1)), torch.float32))
+            last = call(aten.contiguous.default, (last,))  # rows of a batch lie T tokens apart
         for node in readers:
             node.replace_input_with(feature, last)
     keep.readers = []

@@ -9,7 +9,7 @@
                  expected number of units above is the budget of the whole model
 
 A threshold needs no ranking, so it also works where later layers have no scores yet. Its budget and
-floors are expectations over the text of calibration: what a token keeps differs, and may be nothing.
+floors are expectations over the text of calibration: what a token keeps differs, maybe nothing.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shadowc import native
+from shadowc.budget import predictor_elements
 from shadowc.calibration.collect import Collector
 from shadowc.calibration.data import Example
 from shadowc.compiler import compile_model
-from shadowc.budget import predictor_elements
 from shadowc.config import Policy
 from shadowc.errors import ArtifactError, KernelError, OptionError
 from shadowc.evaluation import bench

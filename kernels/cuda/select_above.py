@@ -2,8 +2,8 @@
 
 Kept units go to the front of a layer's, the others to its end, last ones first, so that a program
 needs to know of what comes before its chunk alone how many are kept. It counts that itself, as the
-scores are in L2 and a launch would take longer; so there is nothing between programs to wait for, and
-no order that could differ.
+scores are in L2 and a launch would take longer; so there is nothing between programs to wait for,
+and no order that could differ.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Quantiles of values that are never stored: counts in 65536 bins, and lines between their edges.
 
-A bin is all floats with the same upper 16 bits (as many as bfloat16 has values): 128 bins an octave.
+A bin is all floats with the same upper 16 bits (as many as bfloat16 has values): 128 an octave.
 """
 
 from __future__ import annotations

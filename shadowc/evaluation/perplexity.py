@@ -7,8 +7,8 @@
     oracle     the true scores of each token, from its own gradients: what a perfect predictor gives
 
 All run the same program on the same weights and are scored on the same tokens; only the masks
-differ. Masks that are not the artifact's own rank the whole model by the nominal budget; an artifact
-that selects by threshold may run a little more or less, which stands beside it.
+differ. Masks that are not the artifact's own rank the whole model by the nominal budget; an
+artifact that selects by threshold may run a little more or less, which stands beside it.
 """
 
 from __future__ import annotations

@@ -29,11 +29,13 @@ def make(feature: str = "residual", predictor: str = "shadow") -> Calibration:
     weights = {f"0.{name}": torch.randn_like(value) for name, value in state}
     return Calibration(
         model={"name": "tiny", "fingerprint": "0"}, shape=SHAPE, criterion="sens",
-        predictor=predictor, feature=feature, taps=(0,) if predictor == "shadow" else (), rank=5, random_features=7, data="pydoc",
+        predictor=predictor, feature=feature, taps=(0,) if predictor == "shadow" else (), rank=5,
+        random_features=7, data="pydoc",
         examples=2, tokens=10, seq_len=8, seed=0, metrics={"spearman_heads": 0.5}, versions={},
         mean_head_scores=torch.rand(3, 4), mean_neuron_scores=torch.rand(3, 48),
         zero_rate=torch.rand(3, 48), head_quantiles=torch.rand(3, 257).sort().values,
-        neuron_quantiles=torch.rand(3, 257).sort().values, weights=weights if predictor == "shadow" else {},
+        neuron_quantiles=torch.rand(3, 257).sort().values,
+        weights=weights if predictor == "shadow" else {},
     )  # fmt: skip
 
 

@@ -80,6 +80,8 @@ def test_one_slice_a_tap_and_a_second_run_changes_nothing(tiny, taps):
     assert len(slices) == before + len(taps)
     for readers in every:
         (wide,) = {n for node in readers for n in node.all_input_nodes if n.op != "get_attr"}
+        assert wide.target is aten.contiguous.default
+        (wide,) = wide.args
         assert wide.target is aten.to.dtype and wide.args[1] is torch.float32
         assert wide.args[0] in slices and wide.args[0].args[1:] == (1, -1)
     assert not last_feature(module)

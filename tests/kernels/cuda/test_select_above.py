@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import shadowc.kernels.select_above  # noqa: F401
-from shadowc.cuda import recording
+from shadowc.cuda import recording, using
 
 tl = pytest.importorskip("triton.language")
 from shadowc.kernels.cuda import select_above as module  # noqa: E402
@@ -50,8 +50,9 @@ def test_it_gives_what_the_native_one_gives(monkeypatch, shape, chunk):
 
 
 @interpreted
-def test_meta_tensors_note_one_kernel():
-    with recording() as noted:
+@pytest.mark.parametrize(("gpu", "kernels"), [("a100", 1), ("h100", 2)])  # the second: a fence
+def test_meta_tensors_note_one_kernel(gpu, kernels):
+    with using(gpu, None), recording() as noted:
         scores, threshold = (torch.empty(s, device="meta") for s in ((1, 2, 20480), (2,)))
         index, count = module.select_above(scores, threshold)
-    assert len(noted) == 1 and index.shape == (2, 1, 20480) and count.shape == (2, 1)
+    assert len(noted) == kernels and index.shape == (2, 1, 20480) and count.shape == (2, 1)
