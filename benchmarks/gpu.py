@@ -45,7 +45,7 @@ from shadowc.calibration.quantiles import QUANTILES
 from shadowc.calibration.store import Calibration
 from shadowc.compiler import build_programs
 from shadowc.config import ModelShape, Policy
-from shadowc.evaluation.baselines import dejavu_session
+from shadowc.evaluation.baselines import dejavu_counts, dejavu_session
 from shadowc.models import FAMILIES, LoadedModel, ModelSource, known_config, model_shape
 from shadowc.passes.manager import copy_module
 from shadowc.runtime.cuda import CudaSession
@@ -181,9 +181,13 @@ class Bench:
 
 
 def player(
-    session: CudaSession, program: str, batch: int = 1, prompt: int = PROMPT
+    session: CudaSession,
+    program: str,
+    batch: int = 1,
+    prompt: int = PROMPT,
+    counts: Mapping[str, Tensor] | None = None,
 ) -> tuple[Callable[[], int], Usage, Any]:
-    """What plays a variant's steps and says how many; and what it ran."""
+    """What plays a variant's steps and says how many; and what ran (counts: if it cannot say)."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, session.shape.vocab, (NEW, batch, 1), generator=generator)
     ids, lazy = ids.to(session.device), program in LAZY.values()
@@ -193,7 +197,7 @@ def player(
     cache.length = prompt
     usage = Usage.of(session)
     for token in ids[: NEW if lazy else 3]:  # captures on the first
-        usage.add(session.step(token, cache, program=program))
+        usage.add({**session.step(token, cache, program=program), **(counts or {})})
     graph = cache.memory.graphs[program][0]
     memory = cache.memory
 
@@ -379,7 +383,8 @@ def play_all(made: Mapping[str, tuple[CudaSession, str]]) -> list[Row]:
     """Time variants together."""
     plays, about = {}, {}
     for name, (session, program) in made.items():
-        play, usage, cache = player(session, program)
+        counts = dejavu_counts(session, 1) if name.startswith("DejaVu") else None
+        play, usage, cache = player(session, program, counts=counts)
         plays[name] = play
         about[name] = session, usage, program, cache
     times = timed(plays)

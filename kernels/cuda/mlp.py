@@ -30,8 +30,8 @@ from shadowc.kernels.norm_mlp import NormMlp
 
 AT_ONCE = 2
 """Neurons that a program works on at a time."""
-WIDE = 6144
-"""Columns held by a program from which on it takes eight warps."""
+HELD = 15360
+"""Columns of sums and of rows on their way that the registers of four warps hold, twice."""
 PROGRAMS = 8192
 """Columns of all programs of a multiprocessor, which are 2 to 4: short rows take more of them."""
 
@@ -177,11 +177,11 @@ def finish(
 def mlp(a: NormMlp) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y fp32 [1, C], scaled [1, C], stats fp32 [1, parts, 2], rows int32 [1] of one token."""
     neurons, columns = a.w1.shape
-    # What a thread holds must leave room for two programs a multiprocessor (registers).
-    held = columns if a.w_up is None else 2 * columns
-    warps = 4 if held <= WIDE else 8
+    # As many programs as fit a multiprocessor at once: a second wave of a few would take as long.
+    fits = columns + (columns if a.w_up is None else 2 * columns) <= HELD
+    warps, each = (4, min(4, max(2, PROGRAMS // columns))) if fits else (8, 1)
     width = min(256 * warps, max(16, triton.next_power_of_2(columns)))
-    programs = min(4, max(2, PROGRAMS // columns)) * profile().multiprocessors
+    programs = each * profile().multiprocessors
     partial = a.stats.new_empty(programs, 1, columns)
     read = a.stats.new_empty(programs, 1, dtype=torch.int32)
     launch(

@@ -872,7 +872,9 @@ def test_loading_follows_the_manifest(copy, monkeypatch):
         return open_artifact(copy)
 
     artifact = open_artifact(copy)
-    assert artifact.manifest["dense_from_batch"] is None  # not measured
+    assert artifact.manifest["dense_from_batch"] == 2  # the profile's
+    assert load_session(artifact).dense_from_batch == 2
+    artifact = edit(dense_from_batch=None)
     assert load_session(artifact).dense_from_batch is None
     assert describe_artifact(artifact)["policy_in_effect"] == "sparse"
     artifact = edit(dense_from_batch=4, dense_program="dense")
