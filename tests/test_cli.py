@@ -197,6 +197,46 @@ def test_eval_and_bench_measure_and_keep_a_report(work, artifact, invoke, tmp_pa
     assert invoke("inspect", copy)[0] == 0  # the hashes are those of the new report
 
 
+def test_predictors_at_several_layers_from_calibration_to_measurement(invoke, tmp_path):
+    """A tap at every fifth layer and at every layer, each in directories of its own."""
+    for option, kind, taps in (
+        (("--taps", 5), "taps5", [0, 5]),
+        (("--predictor", "layerwise", "--feature", "normed"), "layerwise", [*range(10)]),
+    ):
+        code, out, err = invoke(*CALIBRATE, *option, "--json")
+        assert code == 0, err
+        calibration = json.loads(out)["output"]
+        assert calibration == f"calibrations/{MODEL}-plainact-{kind}"
+        assert json.loads(invoke("inspect", calibration, "--json")[1])["taps"] == taps
+        refused(invoke(*COMPILE, calibration, "--selection", "topk"), "--selection threshold")
+        code, out, err = invoke(*COMPILE, calibration, "--json")
+        assert code == 0, err
+        artifact = json.loads(out)["output"]
+        assert artifact == f"artifacts/{MODEL}-plainact-{kind}-s50-cpu"
+        described = json.loads(invoke("inspect", artifact, "--json")[1])
+        assert described["selection"] == "threshold" and described["taps"] == taps
+        sizes = ("--tokens", 256, "--seq-len", 64)
+        code, out, err = invoke("eval", artifact, *sizes, "--against", "dense,static", "--json")
+        assert code == 0, err
+        quality = json.loads(out)
+        assert 0.2 < quality["neuron_sparsity"] < 0.8 and 0.2 < quality["head_sparsity"] < 0.8
+        assert quality["variants"]["static"]["neuron_sparsity"] == pytest.approx(0.5, abs=0.01)
+        sizes = ("--prompt-len", 8, "--new-tokens", 16, "--no-hugging-face")
+        code, out, err = invoke("bench", artifact, *sizes, "--against", "static,dejavu", "--json")
+        assert code == 0, err
+        assert json.loads(out)["selection_ms"] > 0
+
+
+def test_a_threshold_for_one_predictor(invoke, calibration, tmp_path):
+    options = ("--selection", "threshold", "--head-sparsity", 0.2, "--neuron-sparsity", 0.5)
+    code, out, err = invoke(*COMPILE, calibration, *options, "--json")
+    assert code == 0, err
+    assert json.loads(out)["output"].endswith("-h20-n50-threshold-cpu")
+    refused(invoke(*COMPILE, calibration, "--selection", "best"), "topk, threshold")
+    static = ("--predictor", "static", "--selection", "threshold")
+    refused(invoke(*COMPILE, calibration, *static), "fixed scores need no threshold")
+
+
 def test_inspect_says_what_a_directory_is(artifact, calibration, invoke):
     code, out, _ = invoke("inspect", artifact, "--json")
     found = json.loads(out)

@@ -19,12 +19,13 @@ from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.quantiles import QUANTILES
 from shadowc.config import ModelShape, taps_of
 from shadowc.directory import atomic_directory, sha256
-from shadowc.errors import CalibrationError
+from shadowc.errors import CalibrationError, OptionError
 
 SCHEMA = 2
 JSON_FILE = "calibration.json"
 TENSOR_FILE = "calibration.safetensors"
 _PREFIX = "predictor."
+_UNREADABLE = (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, OptionError)
 _SIZES = {
     "mean_head_scores": "heads", "mean_neuron_scores": "ffn", "zero_rate": "ffn",
     "head_quantiles": None, "neuron_quantiles": None,
@@ -178,7 +179,7 @@ def load_calibration(directory: str | Path) -> Calibration:
         header |= {"weights": weights, **own}
         calibration = Calibration(**header)
         _check_shapes(calibration)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise _damaged(path, "the keys and tensor shapes of a calibration", error) from error
     return calibration
 

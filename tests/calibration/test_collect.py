@@ -116,16 +116,29 @@ def test_a_batch_with_padding_equals_its_examples_alone(tiny):
                     assert (x[row, :n] - y[0]).norm() <= 1e-4 * y[0].norm()
 
 
-@pytest.mark.parametrize("feature", ["residual", "context"])
-def test_features_alone_are_the_features_of_the_pass(tiny, feature):
-    collector = Collector(tiny.loaded.model, tiny.shape, feature)
+@pytest.mark.parametrize("taps", [(0,), (0, 2)])
+@pytest.mark.parametrize("feature", ["residual", "normed", "context"])
+def test_features_alone_are_the_features_of_the_pass(tiny, feature, taps):
+    collector = Collector(tiny.loaded.model, tiny.shape, feature, taps)
     examples = [example(tiny, 7), example(tiny, 5)]
     alone, counts = collector.features(examples)
     batch = collector.run(examples)
     torch.testing.assert_close(alone, batch.features, rtol=0, atol=0)
-    assert torch.equal(counts, batch.counts)
-    a = batch.heads[0][0].flatten(2)
-    assert torch.equal(batch.features[0], a) == (feature == "context")
+    assert torch.equal(counts, batch.counts) and len(alone) == len(taps)
+    for tap, x in zip(taps, alone, strict=True):
+        assert torch.equal(x, batch.heads[tap][0].flatten(2)) == (feature == "context")
+
+
+def test_normed_is_the_norm_of_the_residual(tiny):
+    """At every layer: what the model's own norm makes of it."""
+    residual, normed = (
+        Collector(tiny.loaded.model, tiny.shape, feature, (0, 1, 2)).features([example(tiny, 7)])[0]
+        for feature in ("residual", "normed")
+    )
+    name = "final_layer_norm" if tiny.shape.architecture == "opt" else "post_attention_layernorm"
+    layers = tiny.loaded.model.get_decoder().layers
+    for layer, x, y in zip(layers, residual, normed, strict=True):
+        torch.testing.assert_close(layer.get_submodule(name)(x), y)
 
 
 def test_the_model_is_left_as_it_was(tiny):

@@ -68,31 +68,68 @@ def test_static_scores_are_means(tiny, criterion):
         torch.testing.assert_close(got.double(), ranked[kind].mean(0), rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("feature", ["residual", "context"])
-def test_the_predictor_is_the_ridge_regression(tiny, feature):
-    """At full rank: the same as solving from stored scores in fp64."""
+@pytest.mark.parametrize(
+    "feature, placed",
+    [
+        ("residual", {}),
+        ("context", {}),
+        ("residual", {"every": 2}),
+        ("normed", {"predictor": "layerwise"}),
+    ],
+)
+def test_each_predictor_is_the_ridge_regression(tiny, feature, placed):
+    """At full rank: the same as solving from stored scores in fp64, with each tap's own feature."""
     data = examples(tiny)
-    options = dataclasses.replace(QUICK, rank=1000, feature=feature)
+    training = data[:7] + data[8:]
+    options = dataclasses.replace(QUICK, rank=1000, feature=feature, **placed)
     (found,) = calibrate(tiny.loaded, data, options)
-    (predictor,) = found.build_predictors()
-    x, scores, squares = all_scores(tiny, "sens", data[:7] + data[8:], feature)
+    assert found.taps == {"every": (0, 2), "predictor": (0, 1, 2)}.get("".join(placed), (0,))
+    collector = Collector(tiny.loaded.model, tiny.shape, feature, found.taps)
+    batch = collector.run(training)
+    _, scores, squares = all_scores(tiny, "sens", training)
     ranked = ranking_units("sens", scores, squares)
-    targets = torch.cat((ranked["heads"][:, 1:].flatten(1), ranked["neurons"].flatten(1)), dim=1)
-    targets = targets.sqrt()
-    collector = Collector(tiny.loaded.model, tiny.shape, feature)
-    (feature_map,) = fit_module._feature_maps(collector, data[:7] + data[8:], options)
-    torch.testing.assert_close(feature_map.mean.double(), x.mean(0), rtol=1e-4, atol=1e-5)
-    phi = feature_map.expand(x.float()).double()
-    n, p = phi.shape
-    assert p == found.rank == x.shape[1] + options.random_features
-    centred = phi - phi.mean(0)
-    gram = centred.T @ centred / n
-    ridge = options.ridge * p / n * gram.diagonal().mean() * torch.eye(p)
-    weight = torch.linalg.solve(gram + ridge, centred.T @ targets / n)
-    expected = centred @ weight + targets.mean(0)
-    got = torch.cat([part[0].flatten(1) for part in predictor(x.float()[None])], dim=1)
-    spread = expected.std()
-    assert (got.double() - expected).abs().max() < 0.02 * spread
+    maps = fit_module._feature_maps(collector, training, options)
+    seen = [feature[batch.counts] for feature in batch.features]
+    for x, feature_map, predictor in zip(seen, maps, found.build_predictors(), strict=True):
+        tap = predictor.tap
+        targets = torch.cat(
+            [ranked[kind][:, list(getattr(tap, kind))].flatten(1) for kind in ("heads", "neurons")],
+            dim=1,
+        ).sqrt()
+        mean = x.double().mean(0)
+        torch.testing.assert_close(feature_map.mean.double(), mean, rtol=1e-4, atol=1e-5)
+        phi = feature_map.expand(x).double()
+        n, p = phi.shape
+        assert p == found.rank == x.shape[1] + options.size[1]
+        centred = phi - phi.mean(0)
+        gram = centred.T @ centred / n
+        ridge = options.ridge * p / n * gram.diagonal().mean() * torch.eye(p)
+        weight = torch.linalg.solve(gram + ridge, centred.T @ targets / n)
+        expected = centred @ weight + targets.mean(0)
+        got = torch.cat([part[0].flatten(1) for part in predictor(x[None])], dim=1)
+        assert (got.double() - expected).abs().max() < 0.02 * expected.std()
+
+
+def test_quantiles_are_those_of_held_out_predictions(tiny):
+    """Of every position that counts, in layers that are predicted; they give the budget there."""
+    data = examples(tiny, 18)
+    held_out = [data[7], data[15]]
+    (found,) = calibrate(tiny.loaded, data, dataclasses.replace(QUICK, predictor="layerwise"))
+    batch = Collector(tiny.loaded.model, tiny.shape, "residual", found.taps).run(held_out)
+    predictors = found.build_predictors()
+    for x, predictor in zip(batch.features, predictors, strict=True):
+        heads, neurons = predictor(x[batch.counts][None])
+        for quantiles, layers, scores in (
+            (found.head_quantiles, predictor.tap.heads, heads),
+            (found.neuron_quantiles, predictor.tap.neurons, neurons),
+        ):
+            for i, layer in enumerate(layers):
+                middle = quantiles[layer, quantiles.shape[1] // 2]
+                above = (scores[0, :, i] > middle).float().mean()
+                assert above == pytest.approx(0.5, abs=0.02)
+                ends = scores[0, :, i].aminmax()
+                assert torch.allclose(quantiles[layer, [0, -1]], torch.stack(ends), rtol=0.02)
+    assert not found.head_quantiles[0].any()  # layer 0's heads always run
 
 
 def test_rank_buys_fit_and_is_bounded(tiny):
@@ -235,6 +272,10 @@ def test_too_few_examples(tiny):
         ({"predictor": "oracle"}, "shadow, layerwise, static"),
         ({"feature": "embedding"}, "residual, normed, context"),
         ({"rank": 0}, "rank"),
+        ({"every": 0}, "every"),
+        ({"every": 2, "predictor": "layerwise"}, "--taps with --predictor shadow"),
+        ({"every": 2, "feature": "context"}, "context"),
+        ({"predictor": "layerwise", "feature": "context"}, "context"),
         ({"batch_tokens": 0}, "batch_tokens"),
         ({"random_features": -1}, "random_features"),
         ({"ridge": 0.0}, "ridge"),

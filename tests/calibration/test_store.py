@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from shadowc.calibration.predictor import ShadowPredictor
+from shadowc.calibration.quantiles import QUANTILES
 from shadowc.calibration.store import (
     JSON_FILE,
     TENSOR_FILE,
@@ -15,7 +16,7 @@ from shadowc.calibration.store import (
     load_calibration,
     save_calibration,
 )
-from shadowc.config import ModelShape
+from shadowc.config import ModelShape, taps_of
 from shadowc.errors import CalibrationError
 
 SHAPE = ModelShape("llama", 3, 4, 2, 16, 32, 48, 100, 64, "silu", True)
@@ -23,24 +24,34 @@ SHAPE = ModelShape("llama", 3, 4, 2, 16, 32, 48, 100, 64, "silu", True)
 
 def make(feature: str = "residual", predictor: str = "shadow") -> Calibration:
     torch.manual_seed(0)
-    width = SHAPE.hidden if feature == "residual" else SHAPE.heads * SHAPE.head_dim
-    network = ShadowPredictor(SHAPE, 5, 7, width)
-    state = network.state_dict().items()
-    weights = {f"0.{name}": torch.randn_like(value) for name, value in state}
+    width = SHAPE.heads * SHAPE.head_dim if feature == "context" else SHAPE.hidden
+    taps = {"shadow": (0,), "layerwise": (0, 1, 2), "static": ()}[predictor]
+    weights = {
+        f"{tap.layer}.{name}": torch.randn_like(value)
+        for tap in (taps_of(3, taps) if taps else ())
+        for name, value in ShadowPredictor(SHAPE, 5, 7, width, tap).state_dict().items()
+    }
     return Calibration(
         model={"name": "tiny", "fingerprint": "0"}, shape=SHAPE, criterion="sens",
-        predictor=predictor, feature=feature, taps=(0,) if predictor == "shadow" else (), rank=5,
-        random_features=7, data="pydoc",
+        predictor=predictor, feature=feature, taps=taps, rank=5, random_features=7, data="pydoc",
         examples=2, tokens=10, seq_len=8, seed=0, metrics={"spearman_heads": 0.5}, versions={},
         mean_head_scores=torch.rand(3, 4), mean_neuron_scores=torch.rand(3, 48),
-        zero_rate=torch.rand(3, 48), head_quantiles=torch.rand(3, 257).sort().values,
-        neuron_quantiles=torch.rand(3, 257).sort().values,
-        weights=weights if predictor == "shadow" else {},
+        zero_rate=torch.rand(3, 48), head_quantiles=torch.rand(3, QUANTILES).sort().values,
+        neuron_quantiles=torch.rand(3, QUANTILES).sort().values, weights=weights,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("feature", ["residual", "context"])
-@pytest.mark.parametrize("predictor", ["shadow", "static"])
+@pytest.mark.parametrize(
+    "feature, predictor",
+    [
+        ("residual", "shadow"),
+        ("context", "shadow"),
+        ("residual", "layerwise"),
+        ("normed", "layerwise"),
+        ("residual", "static"),
+        ("context", "static"),
+    ],
+)
 def test_round_trip(tmp_path, feature, predictor):
     saved = make(feature, predictor)
     loaded = load_calibration(save_calibration(saved, tmp_path / "deep" / "c"))
@@ -49,13 +60,19 @@ def test_round_trip(tmp_path, feature, predictor):
     for name, value in saved.tensors().items():
         assert torch.equal(loaded.tensors()[name], value)
     assert {path.name for path in (tmp_path / "deep" / "c").iterdir()} == {JSON_FILE, TENSOR_FILE}
-    if predictor == "static":
-        assert loaded.build_predictors() == []
-    else:
-        x = torch.randn(2, 3, saved.weights["0.first_weight"].shape[1])
-        (here,), (there,) = loaded.build_predictors(), saved.build_predictors()
+    assert len(loaded.build_predictors()) == len(saved.taps)
+    x = torch.randn(2, 3, saved.width)
+    for here, there in zip(loaded.build_predictors(), saved.build_predictors(), strict=True):
+        assert here.tap == there.tap
         for a, b in zip(here(x), there(x), strict=True):
             assert torch.equal(a, b)
+
+
+def test_kinds_have_names_of_their_own():
+    made = make(predictor="layerwise")
+    assert make().kind == [] and made.kind == ["layerwise"] and made.static().kind == ["static"]
+    assert dataclasses.replace(made, predictor="shadow", taps=(0, 2)).kind == ["taps2"]
+    assert made.static().build_predictors() == []
 
 
 def test_an_existing_calibration_is_replaced(tmp_path):
@@ -105,6 +122,9 @@ def edit(path: Path, **changes):
         {"rank": 6},
         {"rank": "five"},
         {"feature": "context"},
+        {"taps": [0, 2]},
+        {"taps": [1]},
+        {"taps": None},
         {"shape": {**SHAPE.to_json(), "layers": 4}},
         {"shape": {"layers": 3}},
         {"tensors": {"file": TENSOR_FILE}},

@@ -6,6 +6,7 @@ import copy
 import itertools
 import signal
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -66,13 +67,17 @@ def test_selection_is_timed_inside_the_step_and_is_a_part_of_it(tiny, monkeypatc
     assert selection_ms(tiny.session(Policy(0.0, 0.0)), ids[:, :4], ids[:, 4:]) is None
 
 
-def test_selection_is_the_predictor_and_what_ranks(tiny_opt):
-    program = tiny_opt.session(HALF).programs["decode"]
+@pytest.mark.parametrize("taps", [(0,), (0, 2), (0, 1, 2)])
+def test_selection_is_the_predictors_and_what_chooses(tiny_opt, taps):
+    """Not what runs by an earlier tap's choice, though a later tap's follows from it."""
+    policy = HALF if taps == (0,) else replace(HALF, selection="threshold")
+    program = tiny_opt.with_taps(taps).session(policy).programs["decode"]
     timer = bench._SelectionTimer(program.inputs, program.outputs, program.weights, program.graph)
     names = [str(node.target) for node in timer._choosing()]
-    assert sum("shadowc.select" in name for name in names) == 2
+    heads = sum(tap < 2 for tap in taps)  # after the last layer's attention there are none
+    assert sum("shadowc.select" in name for name in names) == heads + len(taps)
+    assert sum("linear" in name for name in names) == 3 * len(taps) + heads
     assert not any("sparse" in name or "attention" in name for name in names)
-    assert any("linear" in name for name in names)
 
 
 def test_the_bandwidth_is_plausible():

@@ -61,13 +61,24 @@ def test_all_masks_have_the_same_budget_on_the_same_tokens(tiny_opt, refresh):
     assert len({value["perplexity"] for value in found.values()}) == len(found)
 
 
-def test_static_masks_are_those_of_a_static_artifact(tiny):
-    import dataclasses
+@pytest.mark.parametrize("taps", [(0, 2), (0, 1, 2)])
+def test_several_taps_are_measured_beside_rankings_of_the_whole_model(tiny_opt, taps):
+    """By their own masks; the others have the nominal budget exactly."""
+    policy = Policy(0.5, 0.5, min_neurons=2, selection="threshold")
+    session, windows = tiny_opt.with_taps(taps).session(policy), windows_of(tiny_opt)
+    oracle = true_scores(tiny_opt.loaded, "sens", windows)
+    found = evaluate(session, windows, against=("dense", "static", "oracle"), oracle=oracle)
+    for name in ("static", "oracle"):
+        assert found[name]["neuron_sparsity"] == pytest.approx(0.5, abs=0.01)
+    taught = teacher_forced(session, torch.tensor(windows))
+    for kind in ("head", "neuron"):
+        skipped = 1 - taught[f"{kind}_mask"][:, 1:-1].float().mean().item()
+        assert found["artifact"][f"{kind}_sparsity"] == pytest.approx(skipped)
+    assert len({value["perplexity"] for value in found.values()}) == len(found)
 
-    fixed = dataclasses.replace(
-        tiny.calibration, predictor="static", rank=0, random_features=0, weights={}
-    )
-    windows = windows_of(tiny)
+
+def test_static_masks_are_those_of_a_static_artifact(tiny):
+    fixed, windows = tiny.calibration.static(), windows_of(tiny)
     beside = evaluate(tiny.session(HALF), windows, against=("static",))["static"]
     alone = evaluate(tiny.session(HALF, calibration=fixed), windows, against=())["artifact"]
     assert beside == pytest.approx(alone)
