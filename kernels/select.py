@@ -45,6 +45,15 @@ def select_reference(scores: Tensor, keep: int, floor: int, local: bool) -> Tens
     return own | rest.view_as(own)
 
 
+def keep_sets(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for index int32 [L, B, N] and count int32 [L, B] of scores [B, L, N]."""
+    batch, layers, units = scores.shape
+    return (
+        scores.new_empty((layers, batch, units), dtype=torch.int32),
+        scores.new_empty((layers, batch), dtype=torch.int32),
+    )
+
+
 def _check(scores: Tensor, keep: int, floor: int, local: bool) -> None:
     check_rank("scores", scores, 3)
     check("scores", scores, torch.float32, *scores.shape)
@@ -64,8 +73,7 @@ def _check(scores: Tensor, keep: int, floor: int, local: bool) -> None:
 def _select(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor, Tensor]:
     _check(scores, keep, floor, local)
     batch, layers, units = scores.shape
-    index = scores.new_empty((layers, batch, units), dtype=torch.int32)
-    count = scores.new_empty((layers, batch), dtype=torch.int32)
+    index, count = keep_sets(scores)
     _native(
         scores.data_ptr(),
         index.data_ptr(),
@@ -89,11 +97,7 @@ def _select_cuda(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Te
 
 
 def _select_fake(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor, Tensor]:
-    batch, layers, units = scores.shape
-    return (
-        scores.new_empty((layers, batch, units), dtype=torch.int32),
-        scores.new_empty((layers, batch), dtype=torch.int32),
-    )
+    return keep_sets(scores)
 
 
 register(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shadowc.kernels.select import keep_sets
 from shadowc.native import check, check_rank, function, register
 
 _native = function("select_above", "4P 3q i")
@@ -31,7 +32,7 @@ def _check(scores: Tensor, threshold: Tensor) -> None:
 
 def _select_above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     _check(scores, threshold)
-    index, count = _select_above_fake(scores, threshold)
+    index, count = keep_sets(scores)
     _native(
         scores.data_ptr(),
         threshold.data_ptr(),
@@ -51,11 +52,7 @@ def _select_above_cuda(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tenso
 
 
 def _select_above_fake(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    batch, layers, units = scores.shape
-    return (
-        scores.new_empty((layers, batch, units), dtype=torch.int32),
-        scores.new_empty((layers, batch), dtype=torch.int32),
-    )
+    return keep_sets(scores)
 
 
 register(

@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shadowc.cuda import launch, profile
+from shadowc.kernels.select import keep_sets
 
 CHUNK = 8192  # units of one program; a power of two, and its counts fit 16 bits
 TILE = 16384  # units of all layers, padded to powers of two, that one program handles alone
@@ -364,8 +365,7 @@ def select(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor, 
         are kept, count int32 [L, B].
     """
     batch, layers, units = scores.shape
-    index = scores.new_empty((layers, batch, units), dtype=torch.int32)
-    count = scores.new_empty((layers, batch), dtype=torch.int32)
+    index, count = keep_sets(scores)
     shape = {"L": layers, "LP": triton.next_power_of_2(layers), "N": units, "LOCAL": local}
     padded = triton.next_power_of_2(units)
     if shape["LP"] * padded <= TILE:

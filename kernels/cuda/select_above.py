@@ -8,13 +8,13 @@ and no order that could differ.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from shadowc.cuda import launch
 from shadowc.kernels.cuda.select import fence, ordered
+from shadowc.kernels.select import keep_sets
 
 CHUNK = 1024  # units of one program; a power of two
 
@@ -54,8 +54,7 @@ def select_above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
         threshold: [L] float32.
     """
     batch, layers, units = scores.shape
-    index = scores.new_empty((layers, batch, units), dtype=torch.int32)
-    count = scores.new_empty((layers, batch), dtype=torch.int32)
+    index, count = keep_sets(scores)
     chunk = max(32 * _WARPS, min(CHUNK, triton.next_power_of_2(units)))  # no fewer than threads
     launch(
         above_kernel, (triton.cdiv(units, chunk), layers, batch), scores, threshold, index, count,

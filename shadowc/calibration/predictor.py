@@ -80,10 +80,10 @@ class ShadowPredictor(nn.Module):
         """
         rank, random = self.mixer_weight.shape
         linear = nn.functional.linear
-        hidden = linear(feature, self.first_weight, self.first_bias)
-        features, code = hidden.split((random, rank), dim=-1)
+        code = linear(feature, self.first_weight, self.first_bias)
         if random:
-            code = code + linear(features.relu(), self.mixer_weight)
+            features, direct = code.split((random, rank), dim=-1)
+            code = direct + linear(features.relu(), self.mixer_weight)
         neurons = linear(code, self.neurons_weight, self.neurons_bias)
         layers = (len(self.tap.heads), self.units[0]), (len(self.tap.neurons), self.units[1])
         if self.tap.heads:

@@ -6,7 +6,6 @@ process of their own.
 """
 
 import os
-import subprocess
 import sys
 
 if "triton" not in sys.modules:
@@ -36,13 +35,8 @@ SPREADS = {
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the tests run right here")
-def test_all_of_this_interpreted():
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env=clean | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout
+def test_all_of_this_interpreted(interpreted_alone):
+    interpreted_alone()
 
 
 @pytest.fixture(params=["one program", "passes"])

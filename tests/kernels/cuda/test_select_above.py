@@ -1,7 +1,6 @@
 """The kernel of select_above, interpreted on the CPU; see test_select.py for how it is run."""
 
 import os
-import subprocess
 import sys
 
 if "triton" not in sys.modules:
@@ -21,13 +20,8 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of i
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the tests run right here")
-def test_all_of_this_interpreted():
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env=clean | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout
+def test_all_of_this_interpreted(interpreted_alone):
+    interpreted_alone()
 
 
 @interpreted
