@@ -22,7 +22,8 @@ check: lint test
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 
-# On a machine with a GPU whose Python has torch for CUDA, Triton and transformers: no install.
+# On a machine with a GPU whose Python has torch for CUDA, Triton and transformers: nothing is
+# installed, the native library is built in place.
 gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest --import-mode=importlib tests/gpu
