@@ -44,7 +44,7 @@ from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.quantiles import QUANTILES
 from shadowc.calibration.store import Calibration
 from shadowc.compiler import build_programs
-from shadowc.config import ModelShape, Policy
+from shadowc.config import ModelShape, Policy, taps_of
 from shadowc.evaluation.baselines import dejavu_counts, dejavu_session
 from shadowc.models import FAMILIES, LoadedModel, ModelSource, known_config, model_shape
 from shadowc.passes.manager import copy_module
@@ -61,6 +61,7 @@ MODELS = ("opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "llama-2-7b", "llama-2-1
 PROMPT, NEW = 128, 128
 STRIDE = 4
 ROUNDS = 3
+PREDICTORS = ("masks held", "threshold", "4 taps", "layerwise")
 QUANTILE_95 = 1.645
 
 
@@ -86,21 +87,46 @@ def meta_model(name: str, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(model, None, model_shape(config), source)
 
 
-def random_calibration(shape: ModelShape, rank: int) -> Calibration:
-    """A predictor of the stated rank with random weights."""
+def random_calibration(
+    shape: ModelShape,
+    rank: int,
+    random_features: int = 512,
+    taps: tuple[int, ...] = (0,),
+    feature: str = "residual",
+) -> Calibration:
+    """Predictors of the stated rank with random weights: scores around 0, so half are above it."""
     generator = torch.Generator().manual_seed(0)
-    network = ShadowPredictor(shape, rank, 512)
-    for buffer in network.buffers():
-        if buffer.dim() > 1:
-            buffer.normal_(0, buffer.shape[1] ** -0.5, generator=generator)
-    zeros, none = torch.zeros(shape.layers, shape.ffn), torch.zeros(shape.layers, QUANTILES)
+    weights = {}
+    for tap in taps_of(shape.layers, taps):
+        network = ShadowPredictor(shape, rank, random_features, tap=tap)
+        for name, buffer in network.state_dict().items():
+            if buffer.dim() > 1 and buffer.numel():
+                buffer.normal_(0, buffer.shape[1] ** -0.5, generator=generator)
+            weights[f"{tap.layer}.{name}"] = buffer
+    zeros = torch.zeros(shape.layers, shape.ffn)
+    even = torch.linspace(-1, 1, QUANTILES).expand(shape.layers, -1).contiguous()
     return Calibration(
-        model={}, shape=shape, criterion="random", predictor="shadow", feature="residual",
-        taps=(0,), rank=rank, random_features=512, data="none", examples=0, tokens=0, seq_len=0,
-        seed=0, metrics={}, versions={}, mean_head_scores=torch.zeros(shape.layers, shape.heads),
-        mean_neuron_scores=zeros, zero_rate=zeros, head_quantiles=none, neuron_quantiles=none,
-        weights={f"0.{name}": value for name, value in network.state_dict().items()},
+        model={}, shape=shape, criterion="random", predictor="shadow", feature=feature,
+        taps=taps, rank=rank, random_features=random_features, data="none", examples=0, tokens=0,
+        seq_len=0, seed=0, metrics={}, versions={},
+        mean_head_scores=torch.zeros(shape.layers, shape.heads), mean_neuron_scores=zeros,
+        zero_rate=zeros, head_quantiles=even, neuron_quantiles=even, weights=weights,
     )  # fmt: skip
+
+
+def random_keep(shape: ModelShape, policy: Policy) -> dict[str, Tensor]:
+    """Keep sets of the policy, of units as they come."""
+    generator, keep = torch.Generator().manual_seed(2), {}
+    for kind, layers, units, kept in (
+        ("head", shape.layers - 1, shape.heads, policy.heads_kept(shape)),
+        ("neuron", shape.layers, shape.ffn, policy.neurons_kept(shape)),
+    ):
+        skipped = torch.ones(layers * units, dtype=torch.bool)
+        skipped[torch.randperm(layers * units, generator=generator)[:kept]] = False
+        skipped = skipped.view(layers, 1, units)
+        keep[f"{kind}_index"] = skipped.int().argsort(dim=-1, stable=True).int()
+        keep[f"{kind}_count"] = (~skipped).sum(dim=-1).int()
+    return keep
 
 
 def random_weights(packed: Mapping[str, Tensor], hidden: int) -> dict[str, Tensor]:
@@ -135,24 +161,61 @@ class Bench:
     def __init__(
         self, name: str, dtype: torch.dtype, rank: int, slots: int, batches: tuple[int, ...] = (1,)
     ) -> None:
-        self.dtype, self.batches = dtype, batches
+        self.dtype, self.batches, self.slots = dtype, batches, slots
         self.jit = True
-        loaded = meta_model(name, dtype)
-        self.shape, self.config = loaded.shape, loaded.model.config
+        self.loaded = meta_model(name, dtype)
+        self.shape, self.config = self.loaded.shape, self.loaded.model.config
         self.policy = Policy(0.5, 0.5)
-        traced = trace(loaded.model).module(check_guards=False)
-        calibration = random_calibration(self.shape, rank)
+        self.traced = trace(self.loaded.model).module(check_guards=False)
+        for key, value in [*self.traced.named_parameters()]:  # real ones may follow a norm's
+            owner, _, leaf = key.rpartition(".")
+            if "norm" in owner:
+                real = torch.full(value.shape, float(leaf == "weight"), dtype=dtype)
+                made = torch.nn.Parameter(real, requires_grad=False)
+                setattr(self.traced.get_submodule(owner), leaf, made)
+        self.session = self._build(random_calibration(self.shape, rank), self.policy, lazy_kv=True)
+        self.rank = rank
+
+    def _build(self, calibration: Calibration, policy: Policy, *, lazy_kv: bool) -> Session:
+        """A session of weights that are not made yet."""
         built = build_programs(
-            copy_module(traced), loaded, calibration, self.policy, load_target("h100"), dtype,
-            lazy_kv=True,
+            copy_module(self.traced), self.loaded, calibration, policy, load_target("h100"),
+            self.dtype, lazy_kv=lazy_kv,
         )  # fmt: skip
-        self.session = Session(
-            self.shape, self.policy, built.programs, built.packed, {}, slots, built.predictor_bytes
+        return Session(
+            self.shape, policy, built.programs, built.packed, {}, self.slots, built.predictor_bytes
         )
 
     def to_gpu(self) -> None:
         """Make the weights."""
         self.session.tensors = random_weights(self.session.tensors, self.shape.hidden)
+
+    def with_predictor(self, name: str) -> Session:
+        """The decode program of another choice of masks, over the same weights.
+
+        Args:
+            name: `masks held` (no predictor runs), `threshold` (instead of top-k), `N taps`, or
+                `layerwise`; the latter two choose by threshold.
+        """
+        policy = replace(self.policy, selection="threshold")
+        if name == "layerwise":
+            how: tuple[Any, ...] = (64, 0, tuple(range(self.shape.layers)), "normed")
+        elif name.endswith("taps"):
+            step = self.shape.layers // int(name.split()[0])
+            how = (self.rank, 512, tuple(range(0, self.shape.layers, step)))
+        else:
+            how = (self.rank,)
+        if name == "masks held":
+            policy = replace(self.policy, refresh=2)
+        session = self._build(random_calibration(self.shape, *how), policy, lazy_kv=False)
+        step = "hold" if name == "masks held" else "decode"
+        session.programs = {step: session.programs[step]}
+        if step == "hold":
+            session.static_keep = random_keep(self.shape, policy)
+        own = {k: v for k, v in session.tensors.items() if k not in self.session.tensors
+               or k.startswith("predictor.")}  # fmt: skip
+        session.tensors = {k: self.session.tensors[k] for k in session.tensors if k not in own} | own
+        return session
 
     def with_budget(self, share: float, *, lazy: bool = False) -> CudaSession:
         """The decode programs with another number of units kept, the lazy one among them or not."""
@@ -287,7 +350,7 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
     if options.images:  # then nothing is compiled here: what is missing is an error
         bench.jit = False
         cuda.clear_images()
-        for part in sorted(options.images.glob(f"{name}-[0-9]")):
+        for part in sorted(options.images.glob(f"{name}-[0-9]*")):
             cuda.load_images(part, cuda.profile().arch)
     bench.to_gpu()
     plain = bench.with_budget(0.5)
@@ -299,6 +362,11 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
         made["exact"] = (plain, "exact")
     made |= {f"{share:.0%}": (bench.with_budget(share), "decode") for share in options.sparsities}
     made["50%, lazy K/V"] = (bench.with_budget(0.5, lazy=True), "lazy")
+    for kind in options.predictors:
+        session = bench.with_predictor(kind)
+        session.tensors = random_weights(session.tensors, bench.shape.hidden)
+        cuda_session = CudaSession.of(session, (1,), cuda.profile().name, jit=bench.jit)
+        made[f"50%, {kind}"] = (cuda_session, next(iter(session.programs)))
     if options.dejavu:
         session = bench.with_dejavu(0.5)
         session.tensors = random_weights(session.tensors, bench.shape.hidden)
@@ -455,6 +523,7 @@ def main() -> None:
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.3, 0.5, 0.7])
     parser.add_argument("--no-dejavu", dest="dejavu", action="store_false")
     parser.add_argument("--no-zeros", dest="zeros", action="store_false")
+    parser.add_argument("--predictors", nargs="*", default=list(PREDICTORS))
     parser.add_argument("--tables", nargs="*", default=["llama-2-7b"], help="batches and caches")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 8, 16])
     parser.add_argument("--slots", type=int, nargs="*", default=[2048, 8192, 32768])
@@ -467,6 +536,7 @@ def main() -> None:
         for name in options.models:
             bench = Bench(name, getattr(torch, options.dtype), options.rank, PROMPT + NEW)
             sessions = [bench.session, *([bench.with_dejavu(0.5)] if options.dejavu else [])]
+            sessions += [bench.with_predictor(kind) for kind in options.predictors]
             batches = options.batches if name in options.tables else [1]
             if name in options.tables:
                 for slots in options.slots:

@@ -169,7 +169,7 @@ def _constants(
     rows = _value(module, weight).to(dtype).float()
 
     def times(vector: fx.Node) -> Tensor:
-        return torch.mv(rows, _value(module, vector).to(dtype).float())
+        return torch.mv(rows, _value(module, vector).to(rows.device, dtype).float())
 
     shift = torch.zeros(len(rows), device=rows.device) if beta is None else times(beta)
     if bias is not None:

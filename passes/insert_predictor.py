@@ -147,7 +147,8 @@ def insert_predictor(
     Args:
         module: A graph with blocks.
         masks: What `export_masks` gave.
-        feature: `residual` (the stream after a layer's attention), `normed` (what its MLP reads) or
+        feature: `residual` (the stream after a layer's attention), `normed` (what its MLP reads),
+            `entry` (what its attention reads: a layer's neurons are known before it runs) or
             `context` (its attention's output before the projection).
 
     Returns:
@@ -175,6 +176,8 @@ def insert_predictor(
             source = blocks.residual(layer)
         elif feature == "normed":
             source = blocks.mlp[layer].up.args[0]
+        elif feature == "entry":
+            source = blocks.attention[layer].query.args[0]
         else:
             source = blocks.attention[layer].context
         _insert(module, made, source, mask_source, keep)

@@ -14,7 +14,7 @@ from typing import Any
 from shadowc.errors import OptionError
 
 SCOPES = ("global", "local")
-FEATURES = ("residual", "normed", "context")
+FEATURES = ("residual", "normed", "entry", "context")
 PREDICTORS = ("shadow", "layerwise", "static")
 SELECTIONS = ("topk", "threshold")
 BUDGETS = ("units", "bytes")

@@ -24,11 +24,15 @@ from shadowc.calibration.data import Example
 from shadowc.config import ModelShape
 from shadowc.errors import CalibrationError, UnsupportedModelError
 
-# architecture -> output projections of attention and MLP, the norm between them, and what reads it
+# architecture -> output projections of attention and MLP, the norm between them, and what reads the
+# norms before the MLP and before attention
 _SITES = {
-    "opt": ("self_attn.out_proj", "fc2", "final_layer_norm", "fc1"),
-    "llama": ("self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm", "mlp.up_proj"),
-}
+    "opt": ("self_attn.out_proj", "fc2", "final_layer_norm", "fc1", "self_attn.q_proj"),
+    "llama": (
+        "self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm", "mlp.up_proj",
+        "self_attn.q_proj",
+    ),
+}  # fmt: skip
 _FP16_SCALE = 2.0**10
 
 
@@ -62,8 +66,8 @@ class Collector:
         model: OPT or Llama, in eval mode.
         shape: Its shape.
         feature: `residual` (the stream after a layer's attention, which enters the norm before its
-            MLP), `normed` (what leaves that norm) or `context` (the attention's context before its
-            projection).
+            MLP), `normed` (what leaves that norm), `entry` (what the layer's attention reads) or
+            `context` (the attention's context before its projection).
         taps: The layers that it is read in.
     """
 
@@ -81,11 +85,12 @@ class Collector:
         """
         self.model, self.shape = model, shape
         try:
-            attention, mlp, norm, first = _SITES[shape.architecture]
+            attention, mlp, norm, first, query = _SITES[shape.architecture]
             layers = list(model.get_decoder().layers)
             self.heads = [layer.get_submodule(attention) for layer in layers]
             self.neurons = [layer.get_submodule(mlp) for layer in layers]
-            site = {"residual": norm, "normed": first, "context": attention}[feature]
+            sites = {"residual": norm, "normed": first, "entry": query, "context": attention}
+            site = sites[feature]
             self.taps = [layers[tap].get_submodule(site) for tap in taps]
         except (KeyError, AttributeError) as error:
             raise UnsupportedModelError(
