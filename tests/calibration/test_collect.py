@@ -117,7 +117,7 @@ def test_a_batch_with_padding_equals_its_examples_alone(tiny):
 
 
 @pytest.mark.parametrize("taps", [(0,), (0, 2)])
-@pytest.mark.parametrize("feature", ["residual", "normed", "context"])
+@pytest.mark.parametrize("feature", ["residual", "normed", "entry", "context"])
 def test_features_alone_are_the_features_of_the_pass(tiny, feature, taps):
     collector = Collector(tiny.loaded.model, tiny.shape, feature, taps)
     examples = [example(tiny, 7), example(tiny, 5)]
@@ -127,6 +127,17 @@ def test_features_alone_are_the_features_of_the_pass(tiny, feature, taps):
     assert torch.equal(counts, batch.counts) and len(alone) == len(taps)
     for tap, x in zip(taps, alone, strict=True):
         assert torch.equal(x, batch.heads[tap][0].flatten(2)) == (feature == "context")
+
+
+def test_entry_is_the_norm_of_the_layers_input(tiny):
+    ids = torch.tensor([example(tiny, 7).ids])
+    states = tiny.loaded.model(ids, output_hidden_states=True).hidden_states
+    name = "self_attn_layer_norm" if tiny.shape.architecture == "opt" else "input_layernorm"
+    collector = Collector(tiny.loaded.model, tiny.shape, "entry", (0, 1, 2))
+    found = collector.features([example(tiny, 7)])[0]
+    layers = tiny.loaded.model.get_decoder().layers
+    for layer, x, y in zip(layers, states, found, strict=False):
+        torch.testing.assert_close(layer.get_submodule(name)(x), y)
 
 
 def test_normed_is_the_norm_of_the_residual(tiny):

@@ -270,7 +270,7 @@ def test_too_few_examples(tiny):
     [
         ({"criteria": ("magnitude",)}, "plainact, l2norm, sens, random"),
         ({"predictor": "oracle"}, "shadow, layerwise, static"),
-        ({"feature": "embedding"}, "residual, normed, context"),
+        ({"feature": "embedding"}, "residual, normed, entry, context"),
         ({"rank": 0}, "rank"),
         ({"every": 0}, "every"),
         ({"every": 2, "predictor": "layerwise"}, "--taps with --predictor shadow"),

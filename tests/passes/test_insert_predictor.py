@@ -73,7 +73,7 @@ TAPS = [(0,), (0, 2), (0, 1, 2)]
 ABOVE = replace(POLICY, selection="threshold")
 
 
-@pytest.mark.parametrize("feature", ["residual", "normed"])
+@pytest.mark.parametrize("feature", ["residual", "normed", "entry"])
 @pytest.mark.parametrize("taps", TAPS)
 def test_each_tap_scores_its_own_layers_from_its_own_feature(tiny, taps, feature):
     """Every mask is what its tap's predictor and thresholds make of what the model itself computes
