@@ -130,13 +130,15 @@ def test_features_alone_are_the_features_of_the_pass(tiny, feature, taps):
 
 
 def test_entry_is_the_norm_of_the_layers_input(tiny):
-    ids = torch.tensor([example(tiny, 7).ids])
-    states = tiny.loaded.model(ids, output_hidden_states=True).hidden_states
+    layers, states = tiny.loaded.model.get_decoder().layers, []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in layers
+    ]
+    found = Collector(tiny.loaded.model, tiny.shape, "entry", (0, 1, 2)).run([example(tiny, 7)])
+    for handle in handles:
+        handle.remove()
     name = "self_attn_layer_norm" if tiny.shape.architecture == "opt" else "input_layernorm"
-    collector = Collector(tiny.loaded.model, tiny.shape, "entry", (0, 1, 2))
-    found = collector.features([example(tiny, 7)])[0]
-    layers = tiny.loaded.model.get_decoder().layers
-    for layer, x, y in zip(layers, states, found, strict=False):
+    for layer, x, y in zip(layers, states, found.features, strict=True):
         torch.testing.assert_close(layer.get_submodule(name)(x), y)
 
 
