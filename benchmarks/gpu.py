@@ -104,7 +104,7 @@ def random_calibration(
                 buffer.normal_(0, buffer.shape[1] ** -0.5, generator=generator)
             weights[f"{tap.layer}.{name}"] = buffer
     zeros = torch.zeros(shape.layers, shape.ffn)
-    even = torch.linspace(-1, 1, QUANTILES).expand(shape.layers, -1).contiguous()
+    even = 1e-3 * torch.linspace(-1, 1, QUANTILES).expand(shape.layers, -1).contiguous()
     return Calibration(
         model={}, shape=shape, criterion="random", predictor="shadow", feature=feature,
         taps=taps, rank=rank, random_features=random_features, data="none", examples=0, tokens=0,
@@ -199,7 +199,7 @@ class Bench:
         """
         policy = replace(self.policy, selection="threshold")
         if name == "layerwise":
-            how: tuple[Any, ...] = (64, 0, tuple(range(self.shape.layers)), "normed")
+            how: tuple[Any, ...] = (64, 0, tuple(range(self.shape.layers)), "entry")
         elif name.endswith("taps"):
             step = self.shape.layers // int(name.split()[0])
             how = (self.rank, 512, tuple(range(0, self.shape.layers, step)))

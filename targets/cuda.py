@@ -20,6 +20,7 @@ from shadowc.config import Policy
 from shadowc.errors import OptionError
 from shadowc.passes.catch_up import catch_up
 from shadowc.passes.compact_masks import compact_masks
+from shadowc.passes.fuse_choice import fuse_choice
 from shadowc.passes.fuse_norms import fuse_norms
 from shadowc.passes.fuse_rms_norm import fuse_rms_norm
 from shadowc.passes.fuse_sparse_attention import fuse_sparse_attention
@@ -105,6 +106,7 @@ class CudaTarget:
                 partial(fuse_sparse_mlp, skip_zeros=skip_zeros),
                 partial(fuse_norms, dtype=dtype),  # after both: it joins what they made
                 partial(compact_masks, policy=policy, hold=hold),
+                fuse_choice,  # keep sets first: it fuses what made them
                 lower_linear,
             )
 

@@ -30,10 +30,16 @@ def follow():
 @triton.jit
 def ask_row(w_ptr, row, C: tl.constexpr, LINES: tl.constexpr):
     """Ask for row `row` of w [., C] to be brought to the L2 cache; LINES is a power of two."""
+    ask(w_ptr + row.to(tl.int64) * C, C - 1, LINES)
+
+
+@triton.jit
+def ask(w_ptr, last, LINES: tl.constexpr):
+    """Ask for the elements up to `last` to be brought to the L2 cache; LINES is a power of two."""
     size: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
     each: tl.constexpr = 128 // size
-    line = tl.minimum(tl.arange(0, LINES) * each, C - 1)
-    where = (w_ptr + row.to(tl.int64) * C + line).to(tl.int64)
+    line = tl.minimum(tl.arange(0, LINES) * each, last)
+    where = (w_ptr + line).to(tl.int64)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where], tl.int32, False, 1
     )

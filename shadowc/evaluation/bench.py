@@ -411,7 +411,7 @@ class _SelectionTimer(Program):
         }
         selects = {
             node
-            for op in (ops.select.default, ops.select_above.default)
+            for op in (ops.select.default, ops.select_above.default, ops.choose_above.default)
             for node in self.graph.find_nodes(op="call_function", target=op)
         }
         needed = set(selects)
