@@ -68,8 +68,9 @@ def fuse_choice(module: fx.GraphModule) -> bool:
         for place, (_, select) in enumerate(kinds):
             for user in list(select.users):  # its index and its count
                 user.replace_all_uses_with(parts[2 * place + user.args[1]])
+    eliminate_dead_code(graph)  # first: what is gone reads nothing
+    for new in graph.find_nodes(op="call_function", target=ops.choose_above.default):
         new.update_arg(4, _read_next(new))
-    eliminate_dead_code(graph)
     return bool(groups)
 
 

@@ -163,7 +163,10 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="Alias, hub id, directory, .gguf or random:ALIAS.")],
     criterion: Annotated[str, typer.Option(help="See: shadowc criteria.")] = "plainact",
     predictor: Annotated[str, typer.Option(help=" | ".join(config.PREDICTORS))] = "shadow",
-    feature: Annotated[str, typer.Option(help=" | ".join(config.FEATURES))] = "residual",
+    feature: Annotated[
+        str | None,
+        typer.Option(help=" | ".join(config.FEATURES) + " (default: residual; layerwise: entry)."),
+    ] = None,
     taps: Annotated[
         int | None, typer.Option(help="A predictor at every so-manieth layer (default: one).")
     ] = None,

@@ -144,7 +144,9 @@ def choose_above(
         soon: Whether the next kernel reads what is chosen.
     """
     batch, _, rank = code.shape
-    shapes = [(t.shape[0], w.shape[0] // t.shape[0]) for w, t in zip(weights, thresholds, strict=True)]
+    shapes = [
+        (t.shape[0], w.shape[0] // t.shape[0]) for w, t in zip(weights, thresholds, strict=True)
+    ]
     blocks = sum(layers * triton.cdiv(units, BLOCK) for layers, units in shapes)
     chunks = sum(layers * triton.cdiv(units, CHUNK) for layers, units in shapes)
     sets = [keep_sets(code.new_empty(batch, *shape)) for shape in shapes]
@@ -156,14 +158,15 @@ def choose_above(
         "L": layers, "N": units, "L2": layers2 if two else 0, "N2": units2 if two else 1,
         "BLOCK": BLOCK,
     }  # fmt: skip
-    others = (weights[1], biases[1], thresholds[1]) if two else (None, None, None)
+    others = (weights[1], biases[1], thresholds[1]) if two else (None,) * 3
+    their_sets = sets[1] if two else (None,) * 2
     launch(
         kept_kernel, (blocks, batch), code, weights[0], biases[0], thresholds[0], *others,
         kept, counts,
         R=rank, BK=triton.next_power_of_2(rank), warps=_WARPS, pdl=True, **sizes,
     )  # fmt: skip
     launch(
-        compact_kernel, (chunks, batch), kept, counts, *sets[0], *(sets[1] if two else (None, None)),
+        compact_kernel, (chunks, batch), kept, counts, *sets[0], *their_sets,
         blocks, CHUNK=CHUNK, warps=_WARPS, pdl=True, **sizes,
     )  # fmt: skip
     if soon:

@@ -74,7 +74,8 @@ class FitOptions:
     Attributes:
         criteria: Names of the criteria; all are fitted from one pass.
         predictor: `shadow`, `layerwise` (a tap at every layer) or `static`.
-        feature: `residual`, `normed` or `context`.
+        feature: `residual`, `normed`, `entry` or `context`; None: `entry` for `layerwise`, which
+            costs a GPU the least time, and `residual` for `shadow`, which knows no more of a token.
         rank: R of the predictor, what a token pays for; None: as `SIZES` says.
         random_features: M of the predictor; None: as `SIZES` says.
         ridge: Strength of the regularisation, in units of P / tokens.
@@ -85,7 +86,7 @@ class FitOptions:
 
     criteria: tuple[str, ...] = ("plainact",)
     predictor: str = "shadow"
-    feature: str = "residual"
+    feature: str | None = None
     rank: int | None = None
     random_features: int | None = None
     ridge: float = 2.0
@@ -97,7 +98,7 @@ class FitOptions:
         """Refuse what cannot be fitted."""
         for name, value, known in (
             ("predictor", self.predictor, PREDICTORS),
-            ("feature", self.feature, FEATURES),
+            ("feature", self.reads, FEATURES),
         ):
             if value not in known:
                 raise OptionError(f"unknown {name} {value!r}", expected=", ".join(known))
@@ -125,6 +126,11 @@ class FitOptions:
             )
         for criterion in self.criteria:
             find_criterion(criterion, predictor=self.predictor)
+
+    @property
+    def reads(self) -> str:
+        """The feature."""
+        return self.feature or ("entry" if self.predictor == "layerwise" else "residual")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -177,7 +183,7 @@ def calibrate(
     training, held_out = _split(examples)
     criteria = [find_criterion(name, predictor=options.predictor) for name in options.criteria]
     taps = options.taps(loaded.shape.layers)
-    collector = Collector(loaded.model, loaded.shape, options.feature, taps)
+    collector = Collector(loaded.model, loaded.shape, options.reads, taps)
     total = sum(len(example.ids) for example in examples)
     with _progress(total, progress) as advance:
         maps = _feature_maps(collector, training, options)
@@ -203,7 +209,7 @@ def calibrate(
             shape=loaded.shape,
             criterion=fit.criterion.name,
             predictor=options.predictor,
-            feature=options.feature,
+            feature=options.reads,
             taps=taps,
             rank=len(fit.predictors[0].mixer_weight) if taps else 0,
             random_features=fit.predictors[0].mixer_weight.shape[1] if taps else 0,

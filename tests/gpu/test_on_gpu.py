@@ -18,6 +18,7 @@ from shadowc.evaluation.bench import bench
 from shadowc.evaluation.masks import teacher_forced, with_given_masks
 from shadowc.evaluation.numerics import masks_of
 from shadowc.kernels import norm_linear, norm_mlp, norm_qkv, scale, scaled_out_proj
+from shadowc.kernels.choose_above import choose_above_reference
 from shadowc.kernels.decode_attention import decode_attention_reference
 from shadowc.kernels.lazy_qkv import WINDOW
 from shadowc.kernels.select import select_reference
@@ -183,6 +184,28 @@ def test_select(size):
             assert torch.equal(got, mask)
 
 
+@pytest.mark.parametrize("rank", [64, 100])
+@pytest.mark.parametrize("kinds", [[(1, 8192)], [(1, 40), (1, 20480)], [(5, 32), (6, 4097)]])
+def test_choose_above(kinds, rank):
+    """Small integers: sums are exact, so ties agree too; read by the next kernel and not."""
+    torch.manual_seed(0)
+
+    def integers(*size):
+        return torch.randint(-3, 4, size, device="cuda").half()
+
+    weights = [integers(layers * units, rank) for layers, units in kinds]
+    biases = [integers(layers * units) for layers, units in kinds]
+    thresholds = [integers(layers).float() for layers, _ in kinds]
+    for batch in (1, 2):
+        code = integers(batch, 1, rank).float()
+        for soon in (True, False):
+            found = OPS.choose_above(code, weights, biases, thresholds, soon)
+            given = ([t.cpu() for t in many] for many in (weights, [b.float() for b in biases]))
+            want = choose_above_reference(code.cpu(), *given, [t.cpu() for t in thresholds])
+            for ours, reference in zip(found, want, strict=True):
+                assert torch.equal(ours.cpu(), reference)
+
+
 @pytest.fixture(scope="module", params=["opt-books-15m", "smollm2-135m"])
 def trained(request):
     """A trained model, its calibration, 272 tokens, and what half precision costs transformers."""
@@ -191,7 +214,10 @@ def trained(request):
     except ModelError as error:
         pytest.skip(str(error))
     windows = calibration_examples(loaded, "pydoc", 8, 272, 0)
-    (found,) = calibrate(loaded, windows, FitOptions(("plainact",)))
+    found = {
+        predictor: calibrate(loaded, windows, FitOptions(("plainact",), predictor))[0]
+        for predictor in ("shadow", "layerwise")
+    }
     ids = torch.tensor([windows[0].ids[:272]])
     half = load_model(request.param, dtype=torch.float16).model.cuda()
     with torch.inference_mode(), warnings.catch_warnings():
@@ -208,11 +234,15 @@ def apart(got, want):
     return float((got - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.7])
-def test_decode_agrees_with_masked_over_256_tokens(trained, share):
+@pytest.mark.parametrize(
+    ("predictor", "share"),
+    [*(("shadow", share) for share in (0.0, 0.3, 0.5, 0.7)), ("layerwise", 0.5)],
+)
+def test_decode_agrees_with_masked_over_256_tokens(trained, predictor, share):
     """The masked program computes in float32, so steps may differ by what half precision costs."""
-    loaded, found, ids, rounded, cost = trained
-    policy = Policy(share, share)
+    loaded, calibrations, ids, rounded, cost = trained
+    found = calibrations[predictor]
+    policy = Policy(share, share, selection="topk" if predictor == "shadow" else "threshold")
     traced = trace(loaded.model).module(check_guards=False)
     built = build_programs(
         copy_module(traced), loaded, found if share else None, policy, load_target(HERE),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import shadowc.kernels.choose_above
 import shadowc.kernels.compact
 import shadowc.kernels.decode_attention
 import shadowc.kernels.linear
@@ -45,6 +46,10 @@ def calls() -> dict[str, tuple[object, ...]]:
         "sparse_gated_mlp": (x, tall, tall, tall, x, "silu", False, *neurons),
         "select": (torch.randn(2, 3, 8), 9, 1, False),
         "select_above": (torch.randn(2, 3, 8), torch.randn(3)),
+        "choose_above": (
+            torch.randn(2, 1, 16), [tall, square], [wide, bias], [torch.zeros(1), torch.zeros(4)],
+            True,
+        ),
         "compact": (torch.rand(2, 8) < 0.5,),
         "scale": (x, bias),
         "norm_linear": (*layer, tall, wide, wide),

@@ -56,7 +56,7 @@ POLICIES = {
     "layerwise": dataclasses.replace(SPARSE, refresh=3, selection="threshold"),
     "two taps": dataclasses.replace(SPARSE, selection="threshold"),
 }
-TAPS = {"layerwise": ((0, 1, 2), "normed"), "two taps": ((0, 2), "residual")}
+TAPS = {"layerwise": ((0, 1, 2), "entry"), "two taps": ((0, 2), "residual")}
 PROGRAMS = {
     "token": {"decode"},
     "every 3": {"decode", "hold", "prefill"},
@@ -193,10 +193,11 @@ def test_steps_are_made_of_fused_ops(tiny, name):
     """A step has no norm and no product of its own, but for the predictor's; the first of these
     reads a norm where one is to be read."""
     session = lowered(tiny, name)
-    normed = 3 if name == "layerwise" else 0
+    normed = 3 if name == "layerwise" else 0  # codes
     fused = {"norm_qkv": 3, "decode_attention": 3, "scaled_out_proj": 3, "norm_mlp": 3,
              "norm_linear": 1, "scale": 1}  # fmt: skip
-    chooses = {"linear", "select_above" if name in TAPS else "select"}
+    chooses = {"linear", "choose_above" if name in TAPS else "select"}
+    of_prompts = {"linear", "select_above" if name in TAPS else "select"}
     for step in {"full", "exact", "decode", "hold"} & set(session.programs):
         program = session.programs[step].to_json()
         targets = [node["target"] for node in program["nodes"]]
@@ -211,7 +212,7 @@ def test_steps_are_made_of_fused_ops(tiny, name):
         nodes = session.programs[prompt].to_json()["nodes"]
         ours = {n["target"] for n in nodes if n["target"].startswith("shadowc.")}
         expected = {"decode_attention"} | ({"rms_norm"} if tiny.shape.gated else set())
-        expected |= chooses if prompt == "prefill" else set()
+        expected |= of_prompts if prompt == "prefill" else set()
         assert {t.split(".")[1] for t in ours} == expected
 
 
@@ -225,7 +226,8 @@ def names(found) -> set[str]:
 @pytest.mark.parametrize("name", ["token", "every 3", "static", "dense", *TAPS])
 def test_record_finds_the_kernels_of_all_steps(tiny, name):
     session = lowered(tiny, name)
-    chooses = {"above_kernel", "fence_kernel"} if name in TAPS else CHOOSING
+    chooses = {"kept_kernel", "compact_kernel", "fence_kernel"} if name in TAPS else CHOOSING
+    chooses = chooses | ({"above_kernel"} if name == "layerwise" else set())  # of prompts
     chooses = set() if name in ("static", "dense") else chooses
     one, two = record(session, 1), record(session, 2)
     assert names(one) == ALWAYS | ALONE | chooses
@@ -338,11 +340,11 @@ from shadowc.targets import load_target
 from shadowc.targets.cuda import record
 
 policy, sessions = Policy(0.5, 0.5, min_neurons=2), []
-above = Policy(0.5, 0.5, min_neurons=2, selection="threshold")
+above = Policy(0.5, 0.5, min_neurons=2, selection="threshold", refresh=3)  # prompts choose too
 for name, policy in (("opt", policy), ("opt", above), ("llama", policy), ("llama", above)):
     tiny = _tiny(name)
     if policy is above:
-        tiny = tiny.with_taps((0, 1, 2), "normed")
+        tiny = tiny.with_taps((0, 1, 2), "entry")
     built = build_programs(
         tiny.traced, tiny.loaded, tiny.calibration, policy, load_target("h100"), torch.float16,
         lazy_kv=True,
@@ -381,7 +383,8 @@ def artifact(compiled):
 
 
 def test_every_kernel_compiles_for_every_architecture(compiled):
-    every = ALWAYS | ALONE | BATCHED | LAZY | {"mark_kernel", "above_kernel"} | CHOOSING
+    above = {"above_kernel", "kept_kernel", "compact_kernel"}
+    every = ALWAYS | ALONE | BATCHED | LAZY | {"mark_kernel"} | above | CHOOSING
     for target in ("a100", "l4", "h100"):
         fences = set() if target == "h100" else {"fence_kernel"}  # where no kernel starts early
         assert {name for where, name in compiled[1] if where == target} == every - fences
