@@ -115,7 +115,7 @@ def test_quantiles_are_those_of_held_out_predictions(tiny):
     data = examples(tiny, 18)
     held_out = [data[7], data[15]]
     (found,) = calibrate(tiny.loaded, data, dataclasses.replace(QUICK, predictor="layerwise"))
-    batch = Collector(tiny.loaded.model, tiny.shape, "residual", found.taps).run(held_out)
+    batch = Collector(tiny.loaded.model, tiny.shape, "entry", found.taps).run(held_out)
     predictors = found.build_predictors()
     for x, predictor in zip(batch.features, predictors, strict=True):
         heads, neurons = predictor(x[batch.counts][None])
