@@ -40,6 +40,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from shadowc import cuda
+from shadowc.calibration.damage import LEVELS
 from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.quantiles import QUANTILES
 from shadowc.calibration.store import Calibration
@@ -104,13 +105,15 @@ def random_calibration(
                 buffer.normal_(0, buffer.shape[1] ** -0.5, generator=generator)
             weights[f"{tap.layer}.{name}"] = buffer
     zeros = torch.zeros(shape.layers, shape.ffn)
+    none = torch.zeros(shape.layers, LEVELS)
     even = 1e-3 * torch.linspace(-1, 1, QUANTILES).expand(shape.layers, -1).contiguous()
     return Calibration(
         model={}, shape=shape, criterion="random", predictor="shadow", feature=feature,
         taps=taps, rank=rank, random_features=random_features, data="none", examples=0, tokens=0,
         seq_len=0, seed=0, metrics={}, versions={},
         mean_head_scores=torch.zeros(shape.layers, shape.heads), mean_neuron_scores=zeros,
-        zero_rate=zeros, head_quantiles=even, neuron_quantiles=even, weights=weights,
+        zero_rate=zeros, head_quantiles=even, neuron_quantiles=even,
+        head_damage=none, neuron_damage=none, weights=weights,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from shadowc.calibration.store import Calibration
     from shadowc.config import Policy
-    from shadowc.models import ModelSource
+    from shadowc.models import LoadedModel, ModelSource
 
 Result = dict[str, Any]
 
@@ -232,6 +233,10 @@ def compile_(
     budget: Annotated[
         str, typer.Option(help="What --sparsity counts: units | bytes (not read).")
     ] = "units",
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(help="Instead of --sparsity: as many bytes as cost at most this, e.g. 2%."),
+    ] = None,
     scope: Annotated[str, typer.Option(help=" | ".join(config.SCOPES))] = "global",
     refresh: Annotated[str, typer.Option(help="New masks each: token | prompt | n")] = "token",
     selection: Annotated[
@@ -273,6 +278,12 @@ def compile_(
     debug: Debug = False,
 ) -> Result:
     """Compile a model with a calibration into an artifact."""
+    most = _percentage(max_ppl_increase)
+    if most is not None and (sparsity, head_sparsity, neuron_sparsity) != (None, None, None):
+        raise OptionError(
+            "--max-ppl-increase excludes --sparsity, --head-sparsity and --neuron-sparsity",
+            expected="one way to say how much to skip",
+        )
     policy = _policy(sparsity, head_sparsity, neuron_sparsity, budget, scope, refresh)
     _choice("dtype", dtype, ("auto", *DTYPES))
     _choice("predictor", predictor or "static", ("static",))
@@ -301,17 +312,20 @@ def compile_(
             usual = default_selection(len(chosen.taps))
             policy = replace(policy, selection=selection or usual)
         name = model or (chosen.model["name"] if chosen else "")
-        if chosen is not None and budget == "bytes":
+        loaded = load_model(name) if most is not None else None
+        if chosen is not None and loaded is not None and most is not None:
+            policy = _within(loaded, chosen, policy, most, target)
+        elif chosen is not None and budget == "bytes":
             policy = budgets.allot(chosen, policy.head_sparsity, policy)
         if output is None:
             parts = [slug(name)]
             if chosen is not None and not dense:
                 parts += [chosen.criterion, *chosen.kind]
-            parts += _policy_name(policy, budget, sparsity)
+            parts += _policy_name(policy, budget, sparsity) if most is None else [f"ppl{most:.3g}"]
             parts += [policy.selection] * (selection is not None and not dense)
             output = ARTIFACTS / "-".join([*parts, *["lazy"] * lazy_kv, target])
         check_target(output, marker=MANIFEST, error=ArtifactError)
-        loaded = load_model(name)
+        loaded = loaded or load_model(name)
         stored = _stored_type(loaded.source, dtype)
     with _busy(f"compiling {name}"):
         artifact = compiler.compile_model(
@@ -325,7 +339,7 @@ def compile_(
             batch_sizes=batches,
             lazy_kv=lazy_kv,
             dense_from_batch=dense_from_batch,
-            extra={"budget": {"kind": budget, "sparsity": sparsity}},
+            extra={"budget": {"kind": budget, "sparsity": sparsity, "max_ppl_increase": most}},
             dump=dump,
         )
     return {"output": str(output), "target": target, **artifact.report()["compile"]}
@@ -366,6 +380,39 @@ def _policy(
             f"refresh {refresh!r} is unknown", expected="token, prompt or a number of tokens"
         )
     return config.Policy(heads or 0.0, neurons or 0.0, scope=scope, refresh=every)
+
+
+def _percentage(text: str | None) -> float | None:
+    """`2%` or `0.02` as a fraction."""
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise OptionError(
+            "--max-ppl-increase is not a share", expected="such as 2% or 0.02", got=text
+        )
+    return value
+
+
+def _within(
+    loaded: LoadedModel, chosen: Calibration, policy: Policy, most: float, target: str
+) -> Policy:
+    """Search the largest byte budget within a bound on perplexity."""
+    from shadowc.calibration.data import evaluation_windows
+    from shadowc.evaluation.within import largest_budget
+
+    length = min(256, loaded.shape.max_positions)
+    windows = evaluation_windows(loaded, chosen.data, length, 4096, calibrated_on=chosen.data)
+
+    def report(fraction: float, increase: float) -> None:
+        err.print(f"{fraction:.1%} of the bytes not read: perplexity {increase:+.2%}")
+
+    found = largest_budget(loaded, chosen, policy, most, windows, target=target, report=report)
+    err.print(f"within {most:.2%}: {found.fraction:.1%} of the layers' bytes are not read")
+    return found.policy
 
 
 def _policy_name(policy: Policy, budget: str, sparsity: float | None) -> list[str]:

@@ -16,7 +16,7 @@ from shadowc import artifact as artifacts
 from shadowc import targets
 from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.store import Calibration
-from shadowc.config import ModelShape, Policy, taps_of
+from shadowc.config import Policy, Tap
 from shadowc.errors import CalibrationError, OptionError
 from shadowc.evaluation.numerics import check_numerics, device_name
 from shadowc.passes.canonicalize import canonicalize
@@ -27,7 +27,7 @@ from shadowc.passes.mask_attention import mask_attention
 from shadowc.passes.mask_mlp import mask_mlp
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
-from shadowc.selection import selections, top_k
+from shadowc.selection import Selection, TopK, selections
 from shadowc.trace import trace
 from shadowc.versions import versions
 
@@ -188,7 +188,7 @@ def build_programs(
         predictors: list[ShadowPredictor | StaticScores] = [*calibration.build_predictors()]
         if not predictors:
             static = StaticScores(calibration.mean_head_scores, calibration.mean_neuron_scores)
-            keep = static_keep(static, policy, loaded.shape)
+            keep = static_keep(static, chosen[0])
             predictors = [static]
         masks = export_masks(predictors, chosen, calibration.width)
         insert = partial(insert_predictor, masks=masks, feature=calibration.feature)
@@ -224,16 +224,19 @@ def build_programs(
     return Built(programs, packed, keep, read)
 
 
-def static_keep(scores: StaticScores, policy: Policy, shape: ModelShape) -> dict[str, Tensor]:
+def static_keep(
+    scores: StaticScores, chosen: tuple[Tap, Selection, Selection]
+) -> dict[str, Tensor]:
     """The keep sets of mean scores, for one row: index int32 [L, 1, N], count int32 [L, 1]."""
-    (tap,) = taps_of(shape.layers, (0,))
-    heads, neurons = top_k(shape, policy, tap)
     keep: dict[str, Tensor] = {}
-    for kind, score, best in (("head", scores.heads, heads), ("neuron", scores.neurons, neurons)):
-        if best.keep < score.numel():
-            index, count = torch.ops.shadowc.select(
-                score[None].contiguous(), best.keep, best.floor, best.local
-            )
+    _, heads, neurons = chosen
+    for kind, score, how in (("head", scores.heads, heads), ("neuron", scores.neurons, neurons)):
+        row = score[None].contiguous()
+        if isinstance(how, TopK):
+            index, count = torch.ops.shadowc.select(row, how.keep, how.floor, how.local)
+        else:
+            index, count = torch.ops.shadowc.select_above(row, how)
+        if int(count.sum()) < score.numel():
             keep |= {f"{kind}_index": index, f"{kind}_count": count}
     return keep
 

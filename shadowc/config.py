@@ -128,6 +128,9 @@ class Policy:
         selection: `topk`: exactly the budget at every token; `threshold`: the units whose score is
             above their layer's threshold, which meets the budget and the floors on average, over
             the text of calibration: a token may keep more, fewer, or none of a layer.
+        head_shares: Share of each layer's heads that runs, on average; set by a budget of bytes,
+            in place of `scope`. Needs `threshold`. Empty: as `scope` says.
+        neuron_shares: The same of each layer's neurons.
     """
 
     head_sparsity: float
@@ -137,9 +140,13 @@ class Policy:
     min_heads: int = 1
     min_neurons: int = 16
     selection: str = "topk"
+    head_shares: tuple[float, ...] = ()
+    neuron_shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse settings that no model can run."""
+        for name in ("head_shares", "neuron_shares"):  # lists in JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("head_sparsity", "neuron_sparsity"):
             value = getattr(self, name)
             if not (0.0 <= value < 1.0) or math.isnan(value):

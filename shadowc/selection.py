@@ -7,6 +7,7 @@
         local:   the quantile of the layer's own budget
         global:  min(g, f_l), with f_l the quantile that keeps the layer's floor, and g so that the
                  expected number of units above is the budget of the whole model
+        shares:  the quantile of the share that a budget of bytes allots to the layer (`budget.py`)
 
 A threshold needs no ranking, so it also works where later layers have no scores yet. Its budget and
 floors are expectations over the text of calibration: what a token keeps differs, maybe nothing.
@@ -14,6 +15,7 @@ floors are expectations over the text of calibration: what a token keeps differs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +59,15 @@ def selections(calibration: Calibration, policy: Policy) -> list[tuple[Tap, Sele
                 got=f"--selection topk with {len(taps)} taps",
             )
         return [(tap, *top_k(shape, policy, tap)) for tap in taps]
+    if calibration.predictor == "static" and policy.neuron_shares:
+        means = calibration.mean_head_scores[1:], calibration.mean_neuron_scores
+        heads, neurons = (
+            _between_ranks(scores, shares)
+            for scores, shares in zip(
+                means, (policy.head_shares[1:], policy.neuron_shares), strict=True
+            )
+        )
+        return [(tap, heads, neurons) for tap in taps]
     if calibration.predictor == "static":
         raise OptionError(
             "fixed scores need no threshold",
@@ -66,11 +77,11 @@ def selections(calibration: Calibration, policy: Policy) -> list[tuple[Tap, Sele
     local = policy.scope == "local"
     heads = thresholds(
         calibration.head_quantiles[1:], shape.heads, policy.heads_kept(shape), policy.min_heads,
-        local,
+        local, policy.head_shares[1:],
     )  # fmt: skip
     neurons = thresholds(
         calibration.neuron_quantiles, shape.ffn, policy.neurons_kept(shape), policy.min_neurons,
-        local,
+        local, policy.neuron_shares,
     )  # fmt: skip
     return [
         (tap, heads[[layer - 1 for layer in tap.heads]], neurons[list(tap.neurons)]) for tap in taps
@@ -93,7 +104,14 @@ def shares(keep: int, layers: int) -> list[int]:
     return [keep // layers + (layer < keep % layers) for layer in range(layers)]
 
 
-def thresholds(quantiles: Tensor, units: int, keep: int, floor: int, local: bool) -> Tensor:
+def thresholds(
+    quantiles: Tensor,
+    units: int,
+    keep: int,
+    floor: int,
+    local: bool,
+    of_layers: tuple[float, ...] = (),
+) -> Tensor:
     """Thresholds of all layers that keep `keep` units in expectation.
 
     Args:
@@ -102,6 +120,7 @@ def thresholds(quantiles: Tensor, units: int, keep: int, floor: int, local: bool
         keep: Units to keep in all layers together.
         floor: Units that each layer keeps at least, in expectation.
         local: The same budget in every layer.
+        of_layers: The share that each layer keeps, instead of all these.
 
     Returns:
         fp32 [L].
@@ -122,6 +141,9 @@ def thresholds(quantiles: Tensor, units: int, keep: int, floor: int, local: bool
         share = ((threshold[:, None] - low) / (up - low).clamp(min=1e-300)).clamp(0, 1)
         return units * (1.0 - (high - 1 + share)[:, 0] / last)
 
+    if of_layers:
+        share = torch.tensor(of_layers)
+        return above(share * units).float().where(share < 1, -torch.inf)
     if keep == layers * units:  # also of scores lower than any before
         return torch.full((layers,), -torch.inf)
     if local:
@@ -135,3 +157,12 @@ def thresholds(quantiles: Tensor, units: int, keep: int, floor: int, local: bool
         else:
             upper = middle
     return torch.minimum(upper, most).float()
+
+
+def _between_ranks(scores: Tensor, shares: Sequence[float]) -> Tensor:
+    """Thresholds [L] that such shares of fixed scores [L, N] are above, but for equal ones."""
+    ordered = scores.sort(dim=1, descending=True).values.double()
+    ordered = torch.nn.functional.pad(ordered, (0, 1), value=-torch.inf)
+    kept = (torch.tensor(shares) * scores.shape[1]).round().long().clamp(min=1)[:, None]
+    last, next_one = ordered.gather(1, kept - 1), ordered.gather(1, kept)
+    return ((last + next_one) / 2)[:, 0].float()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from shadowc.calibration.damage import LEVELS
 from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.quantiles import QUANTILES, Histogram
 from shadowc.calibration.store import Calibration
@@ -160,7 +161,10 @@ def random_calibration(
         mean_head_scores=torch.rand(shape.layers, shape.heads, generator=generator),
         mean_neuron_scores=torch.rand(shape.layers, shape.ffn, generator=generator),
         zero_rate=torch.zeros(shape.layers, shape.ffn), head_quantiles=quantiles["heads"],
-        neuron_quantiles=quantiles["neurons"], weights=weights if predictor != "static" else {},
+        neuron_quantiles=quantiles["neurons"],
+        head_damage=torch.rand(shape.layers, LEVELS, generator=generator).cummax(1).values,
+        neuron_damage=torch.rand(shape.layers, LEVELS, generator=generator).cummax(1).values,
+        weights=weights if predictor != "static" else {},
     )  # fmt: skip
     return Calibration(**fields | changes)
 

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from shadowc.calibration.collect import Batch, Collector
 from shadowc.calibration.criteria import Criterion, Moments, Units, find_criterion
+from shadowc.calibration.damage import Damage
 from shadowc.calibration.data import Example
 from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.quantiles import QUANTILES, Histogram
@@ -225,6 +226,8 @@ def calibrate(
             zero_rate=features.zero_rate(),
             head_quantiles=fit.quantiles("heads"),
             neuron_quantiles=fit.quantiles("neurons"),
+            head_damage=fit.damage("heads"),
+            neuron_damage=fit.damage("neurons"),
             weights={
                 f"{predictor.tap.layer}.{name}": value.cpu()
                 for predictor in fit.predictors
@@ -399,6 +402,7 @@ class Fit:
         self._factors, self._means, self._generator = factors, means, generator
         self._measured: dict[str, list[Tensor]] = {}
         self._predicted: dict[Site, Histogram] = defaultdict(Histogram)
+        self._damage: dict[Site, Damage] = defaultdict(Damage)
 
     def mean(self, kind: str) -> Tensor:
         """Mean scores of all layers, fp32 [L, H] or [L, F]."""
@@ -411,6 +415,11 @@ class Fit:
         nothing = torch.zeros(QUANTILES)
         found = {layer: one.quantiles() for (k, layer), one in self._predicted.items() if k == kind}
         return torch.stack([found.get(layer, nothing) for layer in layers])
+
+    def damage(self, kind: str) -> Tensor:
+        """What skipping costs, of all layers, fp32 [L, 33]; 0 for layer 0's heads, which run."""
+        layers = sorted(layer for name, layer in self._means if name == kind)
+        return torch.stack([self._damage[kind, layer].table() for layer in layers])
 
     def predict(self, features: Sequence[Tensor]) -> dict[Site, Tensor]:
         """Scores of all sites but layer 0's heads: features fp32 [N, C] -> [N, U]."""
@@ -425,10 +434,7 @@ class Fit:
 
     def measure(self, batch: Batch, every: int) -> None:
         """Compare predicted and true scores at every so-manieth position that counts."""
-        together = zip(*(f[batch.counts].split(_TOGETHER) for f in batch.features), strict=True)
-        for features in together:  # all positions: thresholds are made of these
-            for site, scores in self.predict(features).items():
-                self._predicted[site].add(scores)
+        self._measure_all(batch)
         counted = batch.counts.flatten().nonzero()[::every]
         if not len(counted):
             return
@@ -449,6 +455,24 @@ class Fit:
                 prefix, _, suffix = name.partition("_")
                 key = "_".join(filter(None, (prefix, kind, suffix)))
                 self._measured.setdefault(key, []).append(values)
+
+    def _measure_all(self, batch: Batch) -> None:
+        """Add every position: thresholds and budgets are made of these."""
+        # g is of each example's mean loss; its sum is what a token does to all that follow.
+        scored = batch.counts.sum(dim=1).float()[:, None, None]
+        effects = {
+            site: ((g * a).sum(dim=-1) * scored)[batch.counts].split(_TOGETHER)
+            for site, a, g in _sites(batch)
+            if site != ("heads", 0)
+        }
+        features = [feature[batch.counts].split(_TOGETHER) for feature in batch.features]
+        for place in range(len(effects["neurons", 0])):
+            predicted = self.predict([parts[place] for parts in features])
+            for site, parts in effects.items():
+                if site in predicted:
+                    self._predicted[site].add(predicted[site])
+                scores = predicted.get(site, self._means[site].expand_as(parts[place]))
+                self._damage[site].add(scores, parts[place])
 
     def metrics(self) -> dict[str, float]:
         """Means over the tokens measured."""

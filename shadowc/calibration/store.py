@@ -15,20 +15,22 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from shadowc.calibration.damage import LEVELS
 from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.quantiles import QUANTILES
 from shadowc.config import ModelShape, taps_of
 from shadowc.directory import atomic_directory, sha256
 from shadowc.errors import CalibrationError, OptionError
 
-SCHEMA = 2
+SCHEMA = 3
 JSON_FILE = "calibration.json"
 TENSOR_FILE = "calibration.safetensors"
 _PREFIX = "predictor."
 _UNREADABLE = (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, OptionError)
-_SIZES = {
+_SIZES: dict[str, str | int] = {
     "mean_head_scores": "heads", "mean_neuron_scores": "ffn", "zero_rate": "ffn",
-    "head_quantiles": None, "neuron_quantiles": None,
+    "head_quantiles": QUANTILES, "neuron_quantiles": QUANTILES,
+    "head_damage": LEVELS, "neuron_damage": LEVELS,
 }  # fmt: skip
 
 
@@ -43,7 +45,7 @@ class Calibration:
         shape: Its shape.
         criterion: Name of the criterion.
         predictor: `shadow`, `layerwise` or `static`.
-        feature: `residual`, `normed` or `context`, what the predictor reads.
+        feature: `residual`, `normed`, `entry` or `context`, what the predictor reads.
         taps: The layers that it reads it in; none for `static`.
         rank: R, or 0 for `static`.
         random_features: M, or 0 for `static`.
@@ -59,6 +61,9 @@ class Calibration:
         zero_rate: fp32 [L, F], share of tokens whose activation is exactly zero.
         head_quantiles: fp32 [L, Q], of predicted scores on held-out tokens (0 in layer 0).
         neuron_quantiles: fp32 [L, Q].
+        head_damage: fp32 [L, 33], loss that skipping a share of a layer's heads is predicted to
+            cost, see `damage.py`.
+        neuron_damage: fp32 [L, 33].
         weights: State of each tap's `ShadowPredictor`, as `LAYER.NAME`; empty for `static`.
     """
 
@@ -82,6 +87,8 @@ class Calibration:
     zero_rate: Tensor
     head_quantiles: Tensor
     neuron_quantiles: Tensor
+    head_damage: Tensor
+    neuron_damage: Tensor
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -188,7 +195,7 @@ def _check_shapes(calibration: Calibration) -> None:
     """Raise unless every tensor has the size that the model's shape gives it."""
     shape = calibration.shape
     for name, units in _SIZES.items():
-        expected = shape.layers, getattr(shape, units) if units else QUANTILES
+        expected = shape.layers, units if isinstance(units, int) else getattr(shape, units)
         if (got := getattr(calibration, name).shape) != expected:
             raise ValueError(f"{name} is {tuple(got)}, not {expected}")
     calibration.build_predictors()

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, fx
 
 from shadowc.compiler import static_keep
-from shadowc.config import ModelShape, Policy
+from shadowc.config import ModelShape, Policy, taps_of
 from shadowc.errors import OptionError
 from shadowc.passes.insert_predictor import StaticScores
 from shadowc.passes.manager import eliminate_dead_code
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import KEEP_PREFIXES, Session
+from shadowc.selection import top_k
 
 ops, aten = torch.ops.shadowc, torch.ops.aten
 
@@ -42,7 +43,9 @@ def static_session(session: Session) -> Session:
     """
     _check_decodes(session, "static")
     scores = (session.tensors[f"scores.{kind}"].cpu() for kind in ("heads", "neurons"))
-    keep = static_keep(StaticScores(*scores), session.policy, session.shape)
+    (whole,) = taps_of(session.shape.layers, (0,))
+    chosen = top_k(session.shape, session.policy, whole)
+    keep = static_keep(StaticScores(*scores), (whole, *chosen))
     hold = session.programs.get("hold") or with_given_keep(session.programs["decode"])
     other = session.with_program("hold", hold)
     other.static_keep = {name: value.to(session.device) for name, value in keep.items()}

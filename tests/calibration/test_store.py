@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shadowc.calibration.damage import LEVELS
 from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.calibration.quantiles import QUANTILES
 from shadowc.calibration.store import (
@@ -37,7 +38,8 @@ def make(feature: str = "residual", predictor: str = "shadow") -> Calibration:
         examples=2, tokens=10, seq_len=8, seed=0, metrics={"spearman_heads": 0.5}, versions={},
         mean_head_scores=torch.rand(3, 4), mean_neuron_scores=torch.rand(3, 48),
         zero_rate=torch.rand(3, 48), head_quantiles=torch.rand(3, QUANTILES).sort().values,
-        neuron_quantiles=torch.rand(3, QUANTILES).sort().values, weights=weights,
+        neuron_quantiles=torch.rand(3, QUANTILES).sort().values,
+        head_damage=torch.rand(3, LEVELS), neuron_damage=torch.rand(3, LEVELS), weights=weights,
     )  # fmt: skip
 
 
