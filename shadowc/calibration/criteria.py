@@ -8,7 +8,7 @@ outermost, the criterion adds up something else over batches (`Criterion.total`)
 score is made of; if no score of a token is left in it, it gives static pruning only.
 
 Everything is computed in fp32 and nothing of a token is kept. What is added up takes, in bytes for
-each unit, 8 where not said otherwise, 4 (N + 1)^2 for jacov (N = 16 rows) and 4 K (D + 1) for
+each unit, 8 where not said otherwise, 4 (N + 1)^2 for jacov (N = 8 rows) and 4 K (D + 1) for
 epenas (K = 128 classes): 228 and 407 MB for OPT-1.3B.
 """
 
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shadowc.errors import OptionError
 
-_ROWS = 16  # of jacov
+_ROWS = 8  # of jacov
 _CLASSES = 128  # of epenas
 
 Site = tuple[str, int]  # (`heads` or `neurons`, layer)
@@ -222,7 +222,7 @@ def nwot(units: Units) -> Tensor:
     writes it, the criterion keeps what is off (its formula counts what differs from all ones).
     Source: Mellor 2021 (arXiv 2006.04647), as ShadowLLM adapts it.
     """
-    return (units.a <= 0).sum(dim=-1).float().log1p()
+    return (units.a <= 0).float().sum(dim=-1).log1p()
 
 
 def jacov(units: Units) -> Tensor:
@@ -264,8 +264,8 @@ def epenas(units: Units) -> Tensor:
     g = units.g[units.counts]  # [N, U, D]
     length = g.norm(dim=-1, keepdim=True)
     rows = torch.cat((g / length.clamp(min=1e-30), (length > 0).float()), dim=-1)
-    sums = rows.new_zeros(_CLASSES, *rows.shape[1:])
-    return sums.index_add_(0, units.following[units.counts] % _CLASSES, rows).transpose(0, 1)
+    classes = nn.functional.one_hot(units.following[units.counts] % _CLASSES, _CLASSES).float()
+    return (classes.T @ rows.flatten(1)).unflatten(1, rows.shape[1:]).transpose(0, 1)
 
 
 def epenas_score(total: Tensor) -> Tensor:

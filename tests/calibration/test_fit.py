@@ -267,7 +267,7 @@ def test_too_few_examples(tiny):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"criteria": ("magnitude",)}, "plainact, l2norm, sens, random"),
+        ({"criteria": ("magnitude",)}, "plainact, plainact-weights, sens"),
         ({"predictor": "oracle"}, "shadow, layerwise, static"),
         ({"feature": "embedding"}, "residual, normed, entry, context"),
         ({"rank": 0}, "rank"),
