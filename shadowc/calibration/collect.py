@@ -305,7 +305,9 @@ def _counting(scored: Tensor) -> Tensor:
     return counts
 
 
-def _curvature(gates: Sequence[Tensor], gradients: Sequence[Tensor], counts: Tensor) -> list[Tensor]:
+def _curvature(
+    gates: Sequence[Tensor], gradients: Sequence[Tensor], counts: Tensor
+) -> list[Tensor]:
     """Hessian times gradient, of gates that all counting positions of an example share.
 
     Returns:
