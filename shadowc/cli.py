@@ -201,7 +201,13 @@ def calibrate(
         windows = calibration_examples(loaded, data, examples, seq_len, seed)
     (calibration,) = fit(loaded, windows, options, data=data, progress=True)
     save_calibration(calibration, target)
-    return {"output": str(target), "examples": calibration.examples, **calibration.metrics}
+    return {
+        "output": str(target),
+        "examples": calibration.examples,
+        "spearman_heads": None,  # a criterion without scores of single tokens has none
+        "spearman_neurons": None,
+        **calibration.metrics,
+    }
 
 
 # compile ------------------------------------------------------------------------------------------
@@ -724,9 +730,16 @@ def criteria(as_json: AsJson = False, debug: Debug = False) -> Result:
     """List what can rank the units."""
     from shadowc.calibration.criteria import CRITERIA
 
-    known = CRITERIA.values()
     return {
-        "criteria": [{"criterion": c.name, "score": c.formula, "source": c.source} for c in known]
+        "criteria": [
+            {
+                "criterion": c.name,
+                "score": c.formula,
+                "of": "tokens" if c.per_token else "all data",
+                "source": c.source,
+            }
+            for c in CRITERIA.values()
+        ]
     }
 
 

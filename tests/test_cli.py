@@ -249,8 +249,9 @@ def test_inspect_says_what_a_directory_is(artifact, calibration, invoke):
 
 def test_targets_and_criteria(invoke):
     assert "cpu" in [t["target"] for t in json.loads(invoke("targets", "--json")[1])["targets"]]
-    names = [c["criterion"] for c in json.loads(invoke("criteria", "--json")[1])["criteria"]]
-    assert {"plainact", "l2norm", "sens", "random"} <= set(names)
+    known = {c["criterion"]: c for c in json.loads(invoke("criteria", "--json")[1])["criteria"]}
+    assert {"plainact", "l2norm", "sens", "random"} <= set(known)
+    assert known["snip"]["of"] == "tokens" and known["jacov"]["of"] == "all data"
 
 
 def test_sparsity_0_needs_no_calibration_and_other_names_tell_policies_apart(small_model, invoke):

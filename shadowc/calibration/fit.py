@@ -11,7 +11,9 @@ taps need no more memory than one.
 The `static` score of a unit is its mean S. A predictor regresses sqrt(S): importance per
 token is heavy-tailed, and the square root, which leaves any token's ranking as it is, keeps a few
 large values from deciding the fit (opt-books-15m, plainact, 50% of both units, global scope:
-perplexity 43.9 instead of 45.4 on held-out text of the same kind, 55 and 172 on other text).
+perplexity 43.9 instead of 45.4 on held-out text of the same kind, 55 and 172 on other text). Of a
+negative score it is -sqrt(-S). A criterion may have another sum than that of its token scores for
+`static`, of its own shape (`Criterion.total`).
 Layers are brought part of the way to one scale before they are ranked together
 (`Criterion.balance`): without it sens starves the late layers, whose gradients are small
 (smollm2-135m at 50%: 72 with it, 80 without); all the way, it feeds layers that matter little
@@ -42,7 +44,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from shadowc.calibration.collect import Batch, Collector
-from shadowc.calibration.criteria import Criterion, Moments, Units, find_criterion
+from shadowc.calibration.criteria import Criterion, Moments, Site, find_criterion
 from shadowc.calibration.damage import Damage
 from shadowc.calibration.data import Example
 from shadowc.calibration.predictor import ShadowPredictor
@@ -64,7 +66,6 @@ _HELD_OUT_EVERY = 8
 _TOGETHER = 64  # tokens predicted at once: the scores of one may be megabytes
 _MEASURED_TOKENS = 128  # rank correlation over all units costs milliseconds a token
 
-Site = tuple[str, int]  # (`heads` or `neurons`, layer)
 _Key = TypeVar("_Key", bound=Hashable)
 
 
@@ -184,7 +185,8 @@ def calibrate(
     training, held_out = _split(examples)
     criteria = [find_criterion(name, predictor=options.predictor) for name in options.criteria]
     taps = options.taps(loaded.shape.layers)
-    collector = Collector(loaded.model, loaded.shape, options.reads, taps)
+    needs = {need for criterion in criteria for need in criterion.needs}
+    collector = Collector(loaded.model, loaded.shape, options.reads, taps, needs)
     total = sum(len(example.ids) for example in examples)
     with _progress(total, progress) as advance:
         maps = _feature_maps(collector, training, options)
@@ -322,18 +324,22 @@ class ScoreSums:
         """Start from nothing."""
         self.criterion = criterion
         self.generator = torch.Generator().manual_seed(seed)
-        self.scores: dict[Site, Tensor] = {}
+        self.totals: dict[Site, Tensor] = {}
         self.roots: dict[Site, Tensor] = {}
         self.products: dict[Site, Tensor] = {}
 
     def add(self, batch: Batch, phi: Sequence[Tensor], tap_of: Mapping[Site, int]) -> None:
         """Add a batch whose features are `phi`, a tap each."""
-        for site, a, g in _sites(batch):
-            units = Units(*site, a, g, self.generator)
-            scores = self.criterion.score(units)
-            _add(self.scores, site, _sum(batch, scores))
-            if site in tap_of:
-                roots = scores.sqrt()
+        criterion = self.criterion
+        for units in batch.units(self.generator):
+            site = units.site
+            scores = criterion.score(units) if criterion.score else None
+            if criterion.total:
+                _add(self.totals, site, criterion.total(units))
+            elif scores is not None:
+                _add(self.totals, site, _sum(batch, scores))
+            if scores is not None and site in tap_of:
+                roots = scores.abs().sqrt_().copysign_(scores)  # of grasp's sign
                 _add(self.roots, site, _sum(batch, roots))
                 product = torch.einsum("btp,btu->pu", phi[tap_of[site]], roots)
                 _add(self.products, site, product)
@@ -341,11 +347,12 @@ class ScoreSums:
     def fit(self, features: FeatureSums, options: FitOptions) -> Fit:
         """Mean scores and each tap's predictor."""
         factors, means = {}, {}
-        for site, total in self.scores.items():
+        for site, total in self.totals.items():
             moments = Moments((features.gradient_square[site] / features.tokens).float())
             known = self.criterion.factor(moments) if self.criterion.factor else 1.0
-            mean = (total / features.tokens).float() * known
-            scale = mean.mean().clamp(min=1e-30) ** -self.criterion.balance
+            finish = self.criterion.finish
+            mean = (finish(total) if finish else total / features.tokens).float() * known
+            scale = mean.abs().mean().clamp(min=1e-30) ** -self.criterion.balance
             factors[site], means[site] = torch.ones_like(mean) * known * scale, mean * scale
         predictors = [
             self._regress(index, features, options, factors) for index in range(len(features.taps))
@@ -435,16 +442,19 @@ class Fit:
     def measure(self, batch: Batch, every: int) -> None:
         """Compare predicted and true scores at every so-manieth position that counts."""
         self._measure_all(batch)
+        score = self.criterion.score
+        if score is None:  # no token has a true score
+            return
         counted = batch.counts.flatten().nonzero()[::every]
         if not len(counted):
             return
         rows = torch.zeros_like(batch.counts)
         rows.view(-1)[counted] = True
         true: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
-        for site, a, g in _sites(batch):
-            scores = self.criterion.score(Units(*site, a, g, self._generator))[rows]
-            if site != ("heads", 0):
-                true[site[0]].append(scores * self._factors[site])
+        for units in batch.units(self._generator):
+            scores = score(units)[rows]
+            if units.site != ("heads", 0):
+                true[units.kind].append(scores * self._factors[units.site])
         known = {site: mean.expand(len(counted), -1) for site, mean in self._means.items()}
         known |= self.predict([feature[rows] for feature in batch.features])
         for kind in ("heads", "neurons"):

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from shadowc.calibration.collect import Batch, Collector
-from shadowc.calibration.criteria import Criterion, Moments, Units, find_criterion
+from shadowc.calibration.criteria import Criterion, Moments, Site, find_criterion
 from shadowc.calibration.data import Example
+from shadowc.errors import OptionError
 from shadowc.models import LoadedModel
-
-Site = tuple[str, int]
 
 
 def true_scores(
@@ -28,23 +27,28 @@ def true_scores(
 
     Returns:
         A function of ids int64 [B, T] that gives scores fp32 [B, T, L, H] and [B, T, L, F].
+
+    Raises:
+        OptionError: The criterion has no scores of single tokens.
     """
     chosen = find_criterion(criterion)
-    collector = Collector(loaded.model, loaded.shape, "residual")
+    score = chosen.score
+    if score is None:
+        raise OptionError(
+            f"{criterion} scores units over all data, not token by token: it has no oracle",
+            fix="leave the oracle out",
+        )
+    collector = Collector(loaded.model, loaded.shape, "residual", (), chosen.needs)
     generator = torch.Generator().manual_seed(seed)
     factors = _factors(collector, chosen, windows)
 
     def scores(ids: Tensor) -> tuple[Tensor, Tensor]:
         batch = _run(collector, ids.tolist())
 
-        def stacked(kind: str, values: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-            layers = [
-                chosen.score(Units(kind, layer, a, g, generator)) * factors.get((kind, layer), 1.0)
-                for layer, (a, g) in enumerate(values)
-            ]
-            return torch.stack(layers, dim=2)
-
-        return stacked("heads", batch.heads), stacked("neurons", batch.neurons)
+        found: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
+        for units in batch.units(generator):
+            found[units.kind].append(score(units) * factors.get(units.site, 1.0))
+        return torch.stack(found["heads"], dim=2), torch.stack(found["neurons"], dim=2)
 
     return scores
 

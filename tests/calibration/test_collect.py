@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from shadowc.calibration.collect import Collector
-from shadowc.calibration.criteria import CRITERIA, Units
+from shadowc.calibration.criteria import CRITERIA
 from shadowc.calibration.data import Example
 from shadowc.models import LoadedModel, load_model
 
@@ -68,8 +68,9 @@ def test_plainact_ranks_like_knocking_a_unit_out():
     inputs, t = torch.tensor([ids]).expand(loaded.shape.heads, -1), len(ids) - 2
     base = losses(loaded.model, inputs[:1]).mean()
     true, scored = [], []
-    for layer, (a, g) in enumerate(batch.heads):
-        units = Units("heads", layer, a, g, torch.Generator())
+    for units in batch.units(torch.Generator()):
+        if units.kind == "neurons":
+            continue
         scored.append(CRITERIA["plainact"].score(units)[0, t])
 
         def knock_out(x):  # head h of row h
@@ -77,7 +78,7 @@ def test_plainact_ranks_like_knocking_a_unit_out():
                 row[t, head * loaded.shape.head_dim : (head + 1) * loaded.shape.head_dim] = 0
             return x
 
-        changed = losses(loaded.model, inputs, collector.heads[layer], knock_out).mean(dim=1)
+        changed = losses(loaded.model, inputs, collector.heads[units.layer], knock_out).mean(dim=1)
         true.append((changed - base).abs())
     assert spearman(torch.cat(scored), torch.cat(true)) > 0.7
 
