@@ -9,8 +9,11 @@ all its options, after this module has been imported.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from shadowc.calibration.data import file_rows
@@ -23,8 +26,6 @@ from shadowc.runtime.loading import load
 from shadowc.runtime.session import Session
 
 try:
-    import lm_eval.models  # the harness's own models, which it would not list after this one
-    import lm_eval.tasks
     from lm_eval import __version__, simple_evaluate, utils
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.model import TemplateLM
@@ -36,6 +37,7 @@ try:
         normalize_gen_kwargs,
         postprocess_generated_text,
     )
+    from lm_eval.tasks import TaskManager
     from tqdm import tqdm
 except ImportError as error:
     raise OptionError(
@@ -267,8 +269,8 @@ def run_tasks(
     Raises:
         DataError: If a task is unknown or its data cannot be had.
     """
-    manager = lm_eval.tasks.TaskManager()
-    results: dict[str, dict[str, Any]] = {}
+    manager = TaskManager()
+    results = {}
     for task in tasks:
         name, _, file = task.partition(":")
         if name not in manager.all_tasks:
@@ -276,59 +278,76 @@ def run_tasks(
                 f"lm-evaluation-harness has no task {name!r}",
                 expected="a name that `shadowc lm-eval ls tasks` lists, or NAME:FILE.jsonl",
             )
-        metrics, counts = [], 0
-        for dense in (False, True):
-            model = ShadowLM(session, loaded, dense=dense)
-            try:
-                done = simple_evaluate(
-                    model,
-                    tasks=[_from_file(name, file) if file else name],
+        with TemporaryDirectory() as folder:
+            spec = _from_file(manager, name, file, Path(folder)) if file else name
+            sparse, dense = (
+                _evaluate(
+                    ShadowLM(session, loaded, dense=every),
+                    task,
+                    tasks=[spec],
                     limit=questions,
                     num_fewshot=num_fewshot,
                     task_manager=manager,
-                    bootstrap_iters=0,
-                    log_samples=False,
                 )
-            except ShadowcError:
-                raise
-            except Exception as error:  # of the hub, datasets, Jinja: there is no common base
-                raise DataError(
-                    f"lm-evaluation-harness could not run {task}",
-                    got=next(iter(str(error).splitlines()), type(error).__name__),
-                    fix=f"without network name a file: {name}:FILE.jsonl, with the hub's fields",
-                ) from error
-            own = done["results"][name]
-            metrics.append(
-                {
-                    key.removesuffix(",none"): value
-                    for key, value in own.items()
-                    if isinstance(value, float) and "stderr" not in key
-                }
+                for every in (False, True)
             )
-            counts = done["n-samples"][name]["effective"]
+        metrics, dense_metrics = (
+            {
+                key.removesuffix(",none"): value
+                for key, value in done["results"][name].items()
+                if isinstance(value, float) and "stderr" not in key
+            }
+            for done in (sparse, dense)
+        )
         results[task] = {
-            "accuracy": metrics[0].get("acc"),
-            "dense_accuracy": metrics[1].get("acc"),
-            "questions": counts,
+            "accuracy": metrics.get("acc"),
+            "dense_accuracy": dense_metrics.get("acc"),
+            "questions": sparse["n-samples"][name]["effective"],
             "scorer": f"lm-eval {__version__}",
-            "metrics": metrics[0],
-            "dense_metrics": metrics[1],
+            "metrics": metrics,
+            "dense_metrics": dense_metrics,
         }
     return results
 
 
-def _from_file(name: str, file: str) -> dict[str, Any]:
-    """A task of the harness with the rows of a file instead of the hub's."""
-    from datasets import Dataset
+def _evaluate(model: ShadowLM, task: str, **options: Any) -> dict[str, Any]:
+    """What the harness finds, or the reason why it finds nothing."""
+    try:
+        found: dict[str, Any] = simple_evaluate(
+            model, bootstrap_iters=0, log_samples=False, **options
+        )
+    except ShadowcError:
+        raise
+    except Exception as error:  # of the hub, datasets, Jinja: there is no common base
+        raise DataError(
+            f"lm-evaluation-harness could not run {task}",
+            got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+            fix="without network name a file with the fields of the hub's data: NAME:FILE.jsonl",
+        ) from error
+    return found
 
+
+def _from_file(manager: Any, name: str, file: str, folder: Path) -> str:
+    """Write a task of the harness that reads a file instead of the hub; returns its path."""
     parts = {"train": file_rows(file, "calibration"), "validation": file_rows(file, "evaluation")}
-    return {
+    files = {part: folder / f"{part}.jsonl" for part, rows in parts.items() if rows}
+    for part, path in files.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in parts[part]))
+    task = {
+        "include": str(manager.task_index[name].yaml_path),
         "task": name,
-        "custom_dataset": lambda **_: {k: Dataset.from_list(rows) for k, rows in parts.items()},
-        "training_split": "train",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": {part: str(path) for part, path in files.items()},
+            "cache_dir": str(folder),
+        },
+        "training_split": "train" if "train" in files else None,
         "validation_split": "validation",
         "test_split": None,
     }
+    (folder / "task.yaml").write_text(json.dumps(task))  # JSON is YAML
+    return str(folder / "task.yaml")
 
 
 def _bar(doing: str, disable: bool) -> Any:
