@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -269,7 +270,7 @@ def run_tasks(
     Raises:
         DataError: If a task is unknown or its data cannot be had.
     """
-    manager = TaskManager()
+    manager = _manager()
     results = {}
     for task in tasks:
         name, _, file = task.partition(":")
@@ -308,6 +309,12 @@ def run_tasks(
             "dense_metrics": dense_metrics,
         }
     return results
+
+
+@cache
+def _manager() -> Any:
+    """The harness's tasks; to list them takes seconds."""
+    return TaskManager()
 
 
 def _evaluate(model: ShadowLM, task: str, **options: Any) -> dict[str, Any]:
