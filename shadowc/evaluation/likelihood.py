@@ -7,7 +7,8 @@ way the mask of a token depends on no later token.
 Word perplexity is that of lm-evaluation-harness: exp(- sum of log-likelihoods / number of words),
 over documents each on its own, after BOS, in windows that predict every token once. Words are what
 whitespace separates, so models with different tokenizers can be compared; perplexity per token
-cannot do that.
+cannot do that. BOS is never scored; the harness's own `hf` model (0.4.13) scores one that the
+tokenizer adds, after another, unless it is told `add_bos_token=False`.
 """
 
 from __future__ import annotations

@@ -287,6 +287,8 @@ def evaluate_artifact(
     Returns:
         The keys of the command line's `eval --json`.
     """
+    if harness:  # first, because it may not be installed
+        from shadowc.evaluation.lm_eval import run_tasks
     model = load(artifact.path, allow_jit=allow_jit)
     session, loaded = model.session, as_loaded(model)
     length = min(seq_len, session.max_seq_len)
@@ -309,8 +311,6 @@ def evaluate_artifact(
             session, loaded, texts, length, dense=name == "dense", track=track
         )
     if harness:
-        from shadowc.evaluation.lm_eval import run_tasks
-
         results = run_tasks(session, loaded, tasks, questions, num_fewshot)
     else:
         results = {task: _ask(session, loaded, task, questions, num_fewshot) for task in tasks}
