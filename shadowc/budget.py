@@ -5,8 +5,7 @@ Rows of the second projection whose activation is exactly zero are free. The res
     min  sum_s damage_s(x_s)   such that   sum_s bytes_s(x_s) <= budget,   s: (kind, layer)
 
 with x_s the share of the site's units that is skipped, and calibration's predicted damage of the
-predictor's own choice (`calibration/damage.py`), to the power of DAMAGE_POWER: large ones are
-predicted too large. Every site is moved down its curve as long as that saves more bytes for a unit
+predictor's own choice (`calibration/damage.py`). Every site is moved down its curve as long as that saves more bytes for a unit
 of damage than elsewhere; the price at which the budget is met is found by bisection.
 """
 
@@ -21,9 +20,6 @@ from shadowc.calibration.damage import LEVELS
 from shadowc.calibration.store import Calibration
 from shadowc.config import ModelShape, Policy
 from shadowc.errors import OptionError
-
-#: Measured: what a site alone costs in loss grows with the power 0.6 of what is predicted.
-DAMAGE_POWER = 0.6
 
 
 def predictor_elements(calibration: Calibration, *, heads: bool, neurons: bool) -> int:
@@ -100,7 +96,7 @@ def allot(calibration: Calibration, fraction: float, policy: Policy) -> Policy:
         """What is skipped when a weight not read is worth that much damage."""
         shares = {}
         for kind, read, floor in kinds:
-            damage = getattr(calibration, f"{kind}_damage").double() ** DAMAGE_POWER
+            damage = getattr(calibration, f"{kind}_damage").double()
             cost = (damage + price * read).masked_fill(kept < floor, torch.inf)
             shares[f"{kind}_shares"] = kept[cost.argmin(dim=1)].tolist()
         shares["head_shares"][0] = 1.0

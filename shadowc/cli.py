@@ -501,19 +501,34 @@ def run(
 
 
 def _show_eval(result: Result) -> None:
-    table = _table("masks", "perplexity", "heads skipped", "neurons skipped")
+    table = _table("masks", "perplexity", "word perplexity", "heads skipped", "neurons skipped")
     for name, value in result["variants"].items():
         table.add_row(
             name,
             _perplexity(value["perplexity"]),
+            _perplexity(value.get("word_perplexity")),
             f"{value['head_sparsity']:.1%}",
             f"{value['neuron_sparsity']:.1%}",
         )
     out.print(table)
     for name, value in result["tasks"].items():
+        asked = f"{value['questions']} questions, {result['num_fewshot']} shots, {value['scorer']}"
+        if value["accuracy"] is None:
+            both = ((key, value["dense_metrics"][key]) for key in value["metrics"])
+            shown = (f"{key} {value['metrics'][key]:.4g}, dense {of:.4g}" for key, of in both)
+            out.print(f"{name}: {'; '.join(shown)} ({asked})")
+        else:
+            out.print(
+                f"{name}: {value['accuracy']:.1%} right, dense {value['dense_accuracy']:.1%} "
+                f"({asked})"
+            )
+    if found := result["generation"]:
         out.print(
-            f"{name}: {value['accuracy']:.1%} right, dense {value['dense_accuracy']:.1%} "
-            f"({value['questions']} questions)"
+            f"{found['new_tokens']} tokens generated after each of {found['prompts']} prompts: "
+            f"{found['equal_tokens']:.1%} are those of dense, the first "
+            f"{found['first_divergence']:.1f} without a difference; perplexity under dense "
+            f"{_perplexity(found['perplexity'])}, of its own text "
+            f"{_perplexity(found['dense_perplexity'])}"
         )
     out.print(f"{result['tokens']} tokens of {result['data']}, masks of each token are causal")
 
@@ -534,12 +549,26 @@ def eval_(
     ] = "dense",
     tokens: Annotated[int, typer.Option(min=2, help="About how many tokens to score.")] = 8192,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="New tokens of a window, the rest is context.", show_default="no overlap"
+        ),
+    ] = None,
     questions: Annotated[int, typer.Option(min=1, help="Questions of each task.")] = 100,
+    num_fewshot: Annotated[int, typer.Option(help="Answered questions before each.")] = 0,
+    harness: Annotated[
+        bool,
+        typer.Option("--harness", help="Let lm-evaluation-harness put the tasks; it knows more."),
+    ] = False,
+    generate: Annotated[
+        int, typer.Option(min=0, help="Also generate so many tokens beside dense, greedily.")
+    ] = 0,
     allow_jit: AllowJit = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
-    """Measure quality: causal perplexity and tasks, beside the dense model."""
+    """Measure quality: causal perplexity, tasks and generation, beside the dense model."""
     with _busy("loading"):
         from shadowc.artifact import open_artifact
         from shadowc.evaluation.perplexity import evaluate_artifact
@@ -551,15 +580,32 @@ def eval_(
             opened,
             data=data,
             seq_len=seq_len,
+            stride=stride,
             tokens=tokens,
             against=_split(against),
             tasks=_split(tasks),
             questions=questions,
+            num_fewshot=num_fewshot,
+            harness=harness,
+            generate=generate,
             allow_jit=allow_jit,
             track=functools.partial(progress.track, description="scoring"),
         )
     _save(save_section, opened, "eval", result)
     return result
+
+
+@app.command(
+    "lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness's command line, which then knows --model shadowc."""
+    with _reported(debug=False), _interruptible(debug=False):
+        from shadowc.evaluation.lm_eval import main as run_harness
+
+        run_harness(context.args)
 
 
 # bench --------------------------------------------------------------------------------------------
@@ -678,12 +724,25 @@ def _show_inspect(result: Result) -> None:
     for key, value in result.items():
         if not isinstance(value, dict | list):
             out.print(f"{key}: {value}")
+    if "spearman_heads_by_layer" in result:
+        _show_agreement(result)
     if "layers" not in result:
         return
     table = _table("layer", "heads", "neurons", "rows of the second projection")
     for index, (heads, neurons, rows) in enumerate(result["layers"]):
         table.add_row(str(index), f"{heads:.1f}", f"{neurons:.0f}", f"{rows:.0f}")
     out.print("mean of what ran while it was checked:")
+    out.print(table)
+
+
+def _show_agreement(result: Result) -> None:
+    """What each layer's predicted scores have in common with the true ones."""
+    names = ("spearman_heads", "recall_heads_50", "spearman_neurons", "recall_neurons_50")
+    table = _table("layer", *(name.replace("_", " ") for name in names))
+    columns = (result[f"{name}_by_layer"] for name in names)
+    for index, values in enumerate(zip(*columns, strict=True)):
+        table.add_row(str(index), *map(_number, values))
+    out.print("held-out agreement with the true scores, within each layer:")
     out.print(table)
 
 
@@ -766,7 +825,9 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _perplexity(value: float) -> str:
+def _perplexity(value: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 

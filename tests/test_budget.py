@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from shadowc.budget import DAMAGE_POWER, allot, elements_read
+from shadowc.budget import allot, elements_read
 from shadowc.calibration.damage import LEVELS, Damage
 from shadowc.compiler import build_programs
 from shadowc.config import Policy
@@ -28,7 +28,7 @@ def total_damage(calibration, policy) -> float:
     """What a policy costs by the table, between its levels by lines."""
     total = 0.0
     for kind in ("head", "neuron"):
-        table = getattr(calibration, f"{kind}_damage").double() ** DAMAGE_POWER
+        table = getattr(calibration, f"{kind}_damage").double()
         shares = torch.tensor(getattr(policy, f"{kind}_shares"), dtype=torch.float64)
         place = (1 - shares) * (LEVELS - 1)
         low = place.floor().long().clamp(max=LEVELS - 2)[:, None]

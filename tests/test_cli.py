@@ -197,6 +197,63 @@ def test_eval_and_bench_measure_and_keep_a_report(work, artifact, invoke, tmp_pa
     assert invoke("inspect", copy)[0] == 0  # the hashes are those of the new report
 
 
+def write_questions(path, count):
+    """PIQA's fields."""
+    row = {"sol1": "the sea", "sol2": "a ship"}
+    rows = ({"goal": f"Day {i}", **row, "label": i % 2} for i in range(count))
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_eval_with_overlap_shots_and_generation(artifact, invoke, tmp_path):
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    write_questions(tmp_path / "piqa.jsonl", 16)
+    options = ("--tokens", 128, "--seq-len", 64, "--stride", 32, "--generate", 4)
+    tasks = ("--tasks", "piqa:piqa.jsonl", "--num-fewshot", 2)
+    code, out, err = invoke("eval", copy, *options, *tasks, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["tokens"] == 62 + 2 * 32 and found["stride"] == 32
+    assert found["dense_word_perplexity"] < found["word_perplexity"]
+    assert found["variants"]["dense"]["word_perplexity"] == found["dense_word_perplexity"]
+    assert found["tasks"]["piqa:piqa.jsonl"]["questions"] == 4 and found["num_fewshot"] == 2
+    assert found["generation"]["new_tokens"] == 4 and 0 <= found["generation"]["equal_tokens"] <= 1
+    out = invoke("eval", copy, *options, *tasks)[1]
+    for word in ("word perplexity", "4 questions, 2 shots", "4 tokens generated after each of 3"):
+        assert word in out
+    assert "word perplexity" in (copy / "report.html").read_text()
+    refused(invoke("eval", copy, *options[:4], "--stride", 64), "--stride from 1 to 63")
+    refused(invoke("eval", copy, *options[:4], "--generate", 128), "--generate", "127")
+    refused(invoke("eval", copy, *options[:4], *tasks[:2], "--num-fewshot", 13), "--num-fewshot 12")
+
+
+def test_the_harness_command_line_knows_artifacts(artifact, invoke, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_questions(tmp_path / "piqa.jsonl", 8)
+    shutil.copy(Path(__file__).parents[1] / "examples" / "piqa_file.yaml", tmp_path)
+    options = ("--tasks", "piqa_file", "--include_path", ".", "--output_path", "found")
+    code, out, err = invoke(
+        "lm-eval", "--model", "shadowc", "--model_args", f"artifact={artifact}", *options
+    )
+    assert code == 0, err
+    assert "piqa_file" in out
+    (file,) = (tmp_path / "found").rglob("results*.json")
+    found = json.loads(file.read_text())
+    assert found["results"]["piqa_file"]["acc,none"] in [i / 8 for i in range(9)]
+    assert found["n-samples"]["piqa_file"]["effective"] == 8
+    gone = ("lm-eval", "--model", "shadowc", "--model_args", "artifact=gone", *options)
+    refused(invoke(*gone), "not an artifact")
+    assert "--model_args" in invoke("lm-eval", "run", "--help")[1]
+
+
+def test_the_harness_is_named_where_it_is_missing(artifact, invoke, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "shadowc.evaluation.lm_eval", raising=False)
+    refused(invoke("lm-eval", "ls", "tasks"), "shadowc[eval]")
+    sizes = ("--tokens", 64, "--seq-len", 32)
+    refused(invoke("eval", artifact, *sizes, "--harness", "--tasks", "piqa"), "shadowc[eval]")
+
+
 def test_predictors_at_several_layers_from_calibration_to_measurement(invoke, tmp_path):
     """A tap at every fifth layer and at every layer, each in directories of its own."""
     for option, kind, taps in (

@@ -6,7 +6,7 @@ g is the gradient of the sum of the losses after token t. The sum over units is 
 units that cancel or add up count as they do. It is the second-order term of the loss with the
 empirical Fisher matrix for the Hessian; the first-order term has no sign that holds on other text.
 Absolute values are far off where much is skipped (opt-books-15m, heads: 3.6 predicted for 0.17
-measured, 0.02 for 0.01), their order is right; `budget.py` says what is made of them.
+measured, 0.02 for 0.01), their order is right.
 
 Source: for one unit, Theis 2018 (arXiv 1801.05787) and Molchanov 2019 (arXiv 1906.10771).
 """

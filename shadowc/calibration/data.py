@@ -21,7 +21,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -215,10 +215,11 @@ def evaluation_windows(
     seq_len: int,
     tokens: int,
     *,
+    stride: int | None = None,
     calibrated_on: str | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Windows of `seq_len` token ids to measure perplexity on, in text order, without overlap.
+    """Windows of `seq_len` token ids to measure perplexity on, in text order.
 
     Args:
         loaded: The model; its tokenizer is used, and for `self` its weights.
@@ -226,16 +227,26 @@ def evaluation_windows(
         seq_len: Tokens of a window, BOS included.
         tokens: About how many tokens in all: as many whole windows, at least one. Shorter text
             gives fewer.
+        stride: A window begins so many tokens after the one before, and overlaps with it; None:
+            windows do not overlap.
         calibrated_on: The data set that was calibrated on. Where it is another one than `data`,
             a file is used whole; None means that it may have been this one.
         seed: Seed of `self` (calibration text of the same seed is still another text).
 
     Raises:
         DataError: The data set is unknown, unreachable, unreadable or too short.
-        OptionError: `seq_len` or `tokens` is out of range.
+        OptionError: `seq_len`, `tokens` or `stride` is out of range.
     """
     _check_sizes(loaded, tokens, seq_len)
-    count = max(1, tokens // seq_len)
+    size = seq_len - len(_prefix(loaded))
+    if stride is not None and (data == "self" or not 1 <= stride <= size):
+        raise OptionError(
+            "such windows cannot overlap",
+            expected=f"--stride from 1 to {size} for windows of {seq_len} tokens, of other data "
+            "than self, whose samples do not follow one another",
+            got=f"--stride {stride} --data {data}",
+        )
+    count = 1 + max(0, tokens - seq_len) // (stride or seq_len)
     if _task_of(data) is not None:
         raise DataError(
             f"{data} is a task, which has no perplexity",
@@ -244,18 +255,27 @@ def evaluation_windows(
         )
     if data == "self":
         return _sample(loaded, count, seq_len, seed + 2**31)  # torch keeps 32 bits of a seed
-    held_out = calibrated_on is None or _same(data, calibrated_on)
-    documents = load_documents(data, "evaluation" if held_out or data in DATA_NAMES else "all")
-    windows = list(itertools.islice(_windows(loaded, documents, seq_len), count))
+    documents = evaluation_documents(data, calibrated_on)
+    windows = list(itertools.islice(_windows(loaded, documents, seq_len, stride), count))
     if not windows:
         raise DataError(
             f"{data} is too short to evaluate on",
             expected=f"at least one window of {seq_len} tokens"
-            + (" in its last quarter, which is held out" if held_out else ""),
+            + (" in its last quarter, which is held out" if _held_out(data, calibrated_on) else ""),
             got=f"{sum(map(len, documents))} characters",
             fix="a smaller --seq-len or more text",
         )
     return windows
+
+
+def evaluation_documents(data: str, calibrated_on: str | None = None) -> list[str]:
+    """The texts that `evaluation_windows` cuts.
+
+    Raises:
+        DataError: As `load_documents`.
+    """
+    held_out = data in DATA_NAMES or _held_out(data, calibrated_on)
+    return load_documents(data, "evaluation" if held_out else "all")
 
 
 def load_documents(data: str, part: Part) -> list[str]:
@@ -294,12 +314,7 @@ def load_questions(data: str, part: Part) -> list[Question]:
             f"unknown task {data!r}", expected=f"one of {', '.join(TASKS)}, or TASK:FILE.jsonl"
         )
     file = data.partition(":")[2]
-    if file:
-        rows = _file_rows(_existing(file))
-        cut = int(len(rows) * CALIBRATION_SHARE)
-        rows = {"calibration": rows[:cut], "evaluation": rows[cut:], "all": rows}[part]
-    else:
-        rows = _hub_rows(TASKS[name].hub, name, part)
+    rows = file_rows(file, part) if file else _hub_rows(TASKS[name].hub, name, part)
     try:
         return [TASKS[name].read(row) for row in rows]
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
@@ -308,6 +323,57 @@ def load_questions(data: str, part: Part) -> list[Question]:
             expected=f"the fields of {name} in every row",
             got=f"{type(error).__name__}: {error}; the first row has {', '.join(rows[0])}",
         ) from error
+
+
+def file_rows(file: str, part: Part) -> list[Row]:
+    """The records of a part of a .jsonl or .parquet file: a last quarter of them evaluates.
+
+    Raises:
+        DataError: There is no such file, or it is not of this kind.
+    """
+    rows = _file_rows(_existing(file))
+    cut = int(len(rows) * CALIBRATION_SHARE)
+    return {"calibration": rows[:cut], "evaluation": rows[cut:], "all": rows}[part]
+
+
+def few_shot_prompts(
+    loaded: LoadedModel, data: str, questions: Sequence[Question], shots: int, seq_len: int
+) -> list[Question]:
+    """Questions with answered ones of the calibration part before them, the same for all.
+
+    Args:
+        loaded: The tokenizer.
+        data: Name of the task, as for `load_questions`.
+        questions: The questions to put, of the evaluation part.
+        shots: Answered questions before each; fewer where they do not fit.
+        seq_len: Most tokens of a question with its longest choice.
+
+    Raises:
+        DataError: If the calibration part has fewer questions.
+        OptionError: If `shots` is negative.
+    """
+    if shots < 0:
+        raise OptionError("--num-fewshot is out of range", expected="at least 0", got=shots)
+    if shots == 0:
+        return list(questions)
+    others = load_questions(data, "calibration")
+    if len(others) < shots:
+        raise DataError(
+            f"{data} has too few questions to show",
+            expected=f"{shots} in its calibration part",
+            got=len(others),
+            fix=f"--num-fewshot {len(others)}",
+        )
+    answered = ["".join(one.answer) for one in random.Random(0).sample(others, shots)]
+    found = []
+    for question in questions:
+        for first in range(shots + 1):
+            shown = "".join(f"{text}\n\n" for text in answered[first:])
+            choices = tuple((shown + prompt, ending) for prompt, ending in question.choices)
+            if all(len(encode_answer(loaded, *choice).ids) <= seq_len for choice in choices):
+                break
+        found.append(Question(choices, question.label))
+    return found
 
 
 def encode_answer(loaded: LoadedModel, prompt: str, answer: str) -> Example:
@@ -321,17 +387,20 @@ def encode_answer(loaded: LoadedModel, prompt: str, answer: str) -> Example:
 # Windows -----------------------------------------------------------------------------------------
 
 
-def _windows(loaded: LoadedModel, documents: list[str], seq_len: int) -> Iterator[list[int]]:
+def _windows(
+    loaded: LoadedModel, documents: list[str], seq_len: int, stride: int | None = None
+) -> Iterator[list[int]]:
     """Windows of the documents set one after the other, BOS first; the last bit is dropped."""
     prefix = _prefix(loaded)
     size = seq_len - len(prefix)
+    step = stride or size
     pending: list[int] = []
     for document in documents:
         pending += _encode(loaded, document.strip() + "\n\n")
-        whole = len(pending) // size * size
-        for start in range(0, whole, size):
+        starts = range(0, len(pending) - size + 1, step)
+        for start in starts:
             yield prefix + pending[start : start + size]
-        del pending[:whole]
+        del pending[: len(starts) * step]
 
 
 def _few_shot(
@@ -456,6 +525,11 @@ def _split(documents: list[str], part: Part) -> list[str]:
 def _task_of(data: str) -> str | None:
     name = data.partition(":")[0]
     return name if name in TASKS else None
+
+
+def _held_out(data: str, calibrated_on: str | None) -> bool:
+    """Whether `data` may have been calibrated on, so that only its last quarter evaluates."""
+    return calibrated_on is None or _same(data, calibrated_on)
 
 
 def _same(data: str, other: str) -> bool:

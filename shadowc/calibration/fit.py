@@ -36,7 +36,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -177,6 +177,8 @@ def calibrate(
         `spearman_heads`, `spearman_neurons`: rank correlation of predicted and true scores;
         `recall_heads_50` and so on (30, 50 and 70% sparsity): of the true best units, the share
         that is among the predicted best. Units whose true score is 0 do not count as best.
+        With `_by_layer` after the name: the same within each layer, a list of L; None for layer
+        0's heads, which nobody predicts.
 
     Raises:
         DataError: If there are fewer than two examples, or nothing in them can be scored.
@@ -407,7 +409,7 @@ class Fit:
         """Take the results of `ScoreSums.fit`."""
         self.criterion, self.predictors = criterion, predictors
         self._factors, self._means, self._generator = factors, means, generator
-        self._measured: dict[str, list[Tensor]] = {}
+        self._measured: dict[str, list[Tensor]] = {}  # [N, 1 + layers]: of all units, of each
         self._predicted: dict[Site, Histogram] = defaultdict(Histogram)
         self._damage: dict[Site, Damage] = defaultdict(Damage)
 
@@ -458,13 +460,17 @@ class Fit:
         known = {site: mean.expand(len(counted), -1) for site, mean in self._means.items()}
         known |= self.predict([feature[rows] for feature in batch.features])
         for kind in ("heads", "neurons"):
-            true_scores = torch.cat(true[kind], dim=1).cpu()
             sites = sorted(site for site in known if site[0] == kind and site != ("heads", 0))
-            scores = torch.cat([known[site] for site in sites], dim=1).cpu()
+            layers = [
+                (known[site].cpu(), one.cpu()) for site, one in zip(sites, true[kind], strict=True)
+            ]
+            scores, true_scores = (torch.cat(both, dim=1) for both in zip(*layers, strict=True))
+            by_layer = [_agreement(*both) for both in layers]
             for name, values in _agreement(scores, true_scores).items():
                 prefix, _, suffix = name.partition("_")
                 key = "_".join(filter(None, (prefix, kind, suffix)))
-                self._measured.setdefault(key, []).append(values)
+                columns = torch.stack([values, *(one[name] for one in by_layer)], dim=1)
+                self._measured.setdefault(key, []).append(columns)
 
     def _measure_all(self, batch: Batch) -> None:
         """Add every position: thresholds and budgets are made of these."""
@@ -484,9 +490,14 @@ class Fit:
                 scores = predicted.get(site, self._means[site].expand_as(parts[place]))
                 self._damage[site].add(scores, parts[place])
 
-    def metrics(self) -> dict[str, float]:
-        """Means over the tokens measured."""
-        return {key: float(torch.cat(rows).double().mean()) for key, rows in self._measured.items()}
+    def metrics(self) -> dict[str, Any]:
+        """Means over the tokens measured: of all units, and a list of those within each layer."""
+        found: dict[str, Any] = {}
+        for key, rows in self._measured.items():
+            found[key], *by_layer = torch.cat(rows).double().mean(dim=0).tolist()
+            always = [None] * ("heads" in key)  # layer 0's heads always run
+            found[f"{key}_by_layer"] = always + by_layer
+        return found
 
 
 def _agreement(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:

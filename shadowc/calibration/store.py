@@ -54,7 +54,7 @@ class Calibration:
         tokens: Number of scored positions.
         seq_len: Longest example, in tokens.
         seed: Of the random features and of the `random` criterion.
-        metrics: Held-out Spearman and recall, and the seconds it took.
+        metrics: Held-out Spearman and recall, of all units and by layer, and the seconds it took.
         versions: Of the libraries that made it.
         mean_head_scores: fp32 [L, H].
         mean_neuron_scores: fp32 [L, F].
@@ -80,7 +80,7 @@ class Calibration:
     tokens: int
     seq_len: int
     seed: int
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     versions: dict[str, str]
     mean_head_scores: Tensor
     mean_neuron_scores: Tensor

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from shadowc.artifact import Artifact
-from shadowc.calibration.data import Question, encode_answer, load_questions
+from shadowc.calibration.data import Question, encode_answer, few_shot_prompts, load_questions
 from shadowc.config import taps_of
 from shadowc.errors import OptionError
+from shadowc.evaluation.generation import compare_with_dense
+from shadowc.evaluation.likelihood import BATCH_LOGITS, Request, log_likelihoods, word_perplexity
 from shadowc.evaluation.masks import mask_source, teacher_forced, with_given_masks
 from shadowc.evaluation.oracle import true_scores
-from shadowc.evaluation.sources import as_loaded, held_out, original
+from shadowc.evaluation.sources import as_loaded, documents, held_out, original
 from shadowc.passes.insert_predictor import MaskMaker, StaticScores
 from shadowc.runtime.loading import load
 from shadowc.runtime.session import Session
@@ -43,8 +45,6 @@ AGAINST = ("dense", "static", "random", "oracle")
 Scores = Callable[[Tensor], tuple[Tensor, Tensor]]
 #: Wraps an iterable to show progress.
 Track = Callable[[Sequence[Tensor]], Iterable[Tensor]]
-
-_BATCH_LOGITS = 1 << 21
 
 
 @dataclass
@@ -97,6 +97,7 @@ def evaluate(
     windows: Sequence[Sequence[int]],
     *,
     against: Sequence[str] = ("dense",),
+    stride: int | None = None,
     oracle: Scores | None = None,
     seed: int = 0,
     track: Track = iter,
@@ -104,12 +105,14 @@ def evaluate(
     """Perplexity of an artifact and of other masks with the same budget.
 
     With a mask that is refreshed, all tokens but a window's first decode; with one mask for each
-    prompt, the first half of a window is the prompt and the other half is scored.
+    prompt, the first half of a window is the prompt and the other half is scored. Where windows
+    overlap, the tokens that a window shares with the one before are context and are not scored.
 
     Args:
         session: The artifact.
         windows: Token ids of the texts, as `evaluation_windows` gives them.
         against: Names out of `AGAINST`.
+        stride: New tokens of each window but the first; None: windows do not overlap.
         oracle: The true scores; needed for `oracle`.
         seed: Of the random masks.
         track: Wraps the batches to show progress.
@@ -125,15 +128,20 @@ def evaluate(
         given = with_given_masks(session.programs["masked"])
         session = session.with_program("given_masks", given)
     tallies = {name: Tally() for name in ("artifact", *against)}
-    for ids in track(batches(windows, session.shape.vocab)):
+    vocab, alone = session.shape.vocab, 1 if stride else 0
+    grouped = batches(windows[:alone], vocab) + batches(windows[alone:], vocab)
+    for index, ids in enumerate(track(grouped)):
         tokens = ids.shape[1]
-        prompt = 1 if session.policy.refresh else tokens // 2
-        tallies["artifact"].add(ids, teacher_forced(session, ids, prompt=prompt), prompt)
+        # The last token of the context predicts the first new one.
+        context = max(tokens - stride - 1, 1) if stride and index else None
+        prompt = 1 if session.policy.refresh else context or tokens // 2
+        first = context or prompt
+        tallies["artifact"].add(ids, teacher_forced(session, ids, prompt=prompt), first)
         if "dense" in tallies:
-            tallies["dense"].add(ids, teacher_forced(session, ids, prompt=tokens), prompt)
+            tallies["dense"].add(ids, teacher_forced(session, ids, prompt=tokens), first)
         for name, make in masks.items():
             results = teacher_forced(session, ids, prompt=prompt, masks=make(ids, prompt))
-            tallies[name].add(ids, results, prompt)
+            tallies[name].add(ids, results, first)
     return {name: tally.to_json() for name, tally in tallies.items()}
 
 
@@ -141,7 +149,7 @@ def batches(windows: Sequence[Sequence[int]], vocab: int) -> list[Tensor]:
     """Windows of equal length together, int64 [B, T], so that the logits stay small."""
     found: list[list[Sequence[int]]] = []
     for window in windows:
-        most = max(1, _BATCH_LOGITS // (len(window) * vocab))
+        most = max(1, BATCH_LOGITS // (len(window) * vocab))
         if not found or len(found[-1][0]) != len(window) or len(found[-1]) >= most:
             found.append([])
         found[-1].append(window)
@@ -161,17 +169,17 @@ def accuracy(
         questions: Multiple-choice questions.
         dense: Run every unit instead.
     """
-    right = 0
+    requests: list[Request] = []
     for question in questions:
-        scores = []
         for prompt, ending in question.choices:
             example = encode_answer(loaded, prompt, ending)
-            ids, start = torch.tensor([example.ids]), example.scored.index(True)
-            decodes = 1 if session.policy.refresh else start
-            results = teacher_forced(session, ids, prompt=ids.shape[1] if dense else decodes)
-            found = results["logits"][0, start - 1 : -1].log_softmax(-1)
-            scores.append(float(found.gather(1, ids[0, start:, None]).sum()))
-        right += scores.index(max(scores)) == question.label
+            start = example.scored.index(True)
+            requests.append((example.ids[:start], example.ids[start:]))
+    scores = iter([score for score, _ in log_likelihoods(session, requests, dense=dense)])
+    right = 0
+    for question in questions:
+        found = [next(scores) for _ in question.choices]
+        right += found.index(max(found)) == question.label
     return right / len(questions)
 
 
@@ -244,33 +252,47 @@ def evaluate_artifact(
     *,
     data: str = "pydoc",
     seq_len: int = 256,
+    stride: int | None = None,
     tokens: int = 8192,
     against: Sequence[str] = ("dense",),
     tasks: Sequence[str] = (),
     questions: int = 100,
+    num_fewshot: int = 0,
+    harness: bool = False,
+    generate: int = 0,
     allow_jit: bool = False,
     track: Track = iter,
 ) -> dict[str, Any]:
     """Measure an artifact's quality: what `shadowc eval` does.
 
+    Two perplexities of the same text: `perplexity` of a token, in windows across documents, and
+    `word_perplexity`, by lm-evaluation-harness's protocol (see `likelihood`).
+
     Args:
         artifact: The artifact.
         data: Text it was not calibrated on.
         seq_len: Tokens of a window.
+        stride: New tokens of each window but the first, the others being context; None: windows
+            do not overlap.
         tokens: About how many tokens of text.
         against: Names out of `AGAINST`.
         tasks: Names of multiple-choice tasks, or TASK:FILE.jsonl.
         questions: The most questions of a task.
+        num_fewshot: Answered questions before each question.
+        harness: Have lm-evaluation-harness put the tasks, of which it knows more.
+        generate: Tokens to generate beside the dense model; 0: none.
         allow_jit: As for `load`.
         track: Wraps the batches to show progress.
 
     Returns:
         The keys of the command line's `eval --json`.
     """
+    if harness:  # first, because it may not be installed
+        from shadowc.evaluation.lm_eval import run_tasks
     model = load(artifact.path, allow_jit=allow_jit)
     session, loaded = model.session, as_loaded(model)
     length = min(seq_len, session.max_seq_len)
-    windows = held_out(model, data, length, tokens)
+    windows = held_out(model, data, length, tokens, stride)
     oracle = None
     if "oracle" in against and artifact.manifest["calibration"]:
         criterion = artifact.manifest["calibration"]["criterion"]
@@ -279,24 +301,46 @@ def evaluate_artifact(
         session,
         windows,
         against=tuple(dict.fromkeys(("dense", *against))),
+        stride=stride,
         oracle=oracle,
         track=track,
     )
-    results: dict[str, Any] = {}
-    for task in tasks:
-        asked = load_questions(task, "evaluation")[:questions]
-        results[task] = {
-            "accuracy": accuracy(session, loaded, asked),
-            "dense_accuracy": accuracy(session, loaded, asked, dense=True),
-            "questions": len(asked),
-        }
+    texts = documents(model, data, windows, tokens)
+    for name in ("artifact", "dense"):
+        variants[name]["word_perplexity"] = word_perplexity(
+            session, loaded, texts, length, dense=name == "dense", track=track
+        )
+    if harness:
+        results = run_tasks(session, loaded, tasks, questions, num_fewshot)
+    else:
+        results = {task: _ask(session, loaded, task, questions, num_fewshot) for task in tasks}
     return {
         **variants["artifact"],
         "dense_perplexity": variants["dense"]["perplexity"],
+        "dense_word_perplexity": variants["dense"]["word_perplexity"],
         "variants": variants,
         "tasks": results,
+        "num_fewshot": num_fewshot,
+        "generation": compare_with_dense(session, windows, generate, track=track)
+        if generate
+        else None,
         "data": data,
         "seq_len": length,
+        "stride": stride,
         "model": artifact.manifest["model"]["name"],
         "versions": versions(),
+    }
+
+
+def _ask(
+    session: Session, loaded: LoadedModel, task: str, questions: int, shots: int
+) -> dict[str, Any]:
+    """One task, sparse and dense."""
+    asked = load_questions(task, "evaluation")[:questions]
+    asked = few_shot_prompts(loaded, task, asked, shots, session.max_seq_len)
+    return {
+        "accuracy": accuracy(session, loaded, asked),
+        "dense_accuracy": accuracy(session, loaded, asked, dense=True),
+        "questions": len(asked),
+        "scorer": "shadowc",
     }

@@ -100,13 +100,16 @@ def render(artifact: Artifact) -> str:
     if "eval" in report:
         found = report["eval"]
         quality = [
-            (name, f"{v['perplexity']:.2f}", _percent(v["head_sparsity"]),
-             _percent(v["neuron_sparsity"]))
+            (name, f"{v['perplexity']:.2f}", _number(v.get("word_perplexity")),
+             _percent(v["head_sparsity"]), _percent(v["neuron_sparsity"]))
             for name, v in found["variants"].items()
         ]  # fmt: skip
         parts += [
             "<h2>Quality</h2>",
-            _table(("masks", "perplexity", "heads skipped", "neurons skipped"), quality),
+            _table(
+                ("masks", "perplexity", "word perplexity", "heads skipped", "neurons skipped"),
+                quality,
+            ),
             f"<p>{found['tokens']} tokens of {_text(found['data'])}, windows of "
             f"{found['seq_len']}, causal masks.</p>",
         ]
@@ -188,6 +191,10 @@ def _pairs(values: Mapping[str, object]) -> str:
 
 def _is_plain(value: object) -> bool:
     return value is not None and not isinstance(value, dict | list)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _percent(value: float) -> str:

@@ -11,6 +11,7 @@ from shadowc.calibration.data import (
     calibration_examples,
     encode_answer,
     evaluation_windows,
+    few_shot_prompts,
     load_documents,
     load_questions,
 )
@@ -240,6 +241,39 @@ def test_hub_without_network_says_what_works(
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     with pytest.raises(DataError, match=r"(?s)cannot be fetched.*without network use pydoc, self"):
         calibration_examples(loaded, name, 4, 32, seed=0)
+
+
+def test_windows_with_a_stride_overlap(loaded: LoadedModel, text_file: Path) -> None:
+    plain = evaluation_windows(loaded, str(text_file), 17, 85)
+    found = evaluation_windows(loaded, str(text_file), 17, 65, stride=4)
+    text = [token for window in plain for token in window[1:]]
+    assert len(found) == 1 + (65 - 17) // 4
+    for index, window in enumerate(found):
+        assert window[0] == loaded.tokenizer.bos_token_id
+        assert window[1:] == text[4 * index : 4 * index + 16]
+    assert evaluation_windows(loaded, str(text_file), 17, 85, stride=16) == plain
+    for data, stride in ((str(text_file), 0), (str(text_file), 17), ("self", 4)):
+        with pytest.raises(OptionError, match=r"(?s)--stride from 1 to 16.*got: --stride"):
+            evaluation_windows(loaded, data, 17, 64, stride=stride)
+
+
+def test_shots_are_answered_and_of_the_other_part(loaded: LoadedModel, piqa: str) -> None:
+    asked = load_questions(piqa, "evaluation")
+    shown = few_shot_prompts(loaded, piqa, asked, 2, 512)
+    others = ["".join(one.answer) for one in load_questions(piqa, "calibration")]
+    for before, after in zip(asked, shown, strict=True):
+        assert after.label == before.label
+        for (plain, ending), (prompt, same) in zip(before.choices, after.choices, strict=True):
+            first, second, question = prompt.split("\n\n")
+            assert (question, ending) == (plain, same) and {first, second} <= set(others)
+            assert first != second
+    one = max(len(encode_answer(loaded, *c).ids) for q in asked for c in q.choices)
+    assert few_shot_prompts(loaded, piqa, asked, 0, one) == asked
+    assert few_shot_prompts(loaded, piqa, asked, 2, one)[0].choices != shown[0].choices
+    with pytest.raises(DataError, match=rf"--num-fewshot {len(others)}"):
+        few_shot_prompts(loaded, piqa, asked, len(others) + 1, 512)
+    with pytest.raises(OptionError, match="at least 0"):
+        few_shot_prompts(loaded, piqa, asked, -1, 512)
 
 
 def bad_file(tmp_path: Path, name: str, content: bytes) -> str:

@@ -170,6 +170,23 @@ def test_held_out_examples_are_held_out(tiny):
     assert first.metrics["spearman_neurons"] != second.metrics["spearman_neurons"]
 
 
+def test_agreement_is_also_measured_within_each_layer(tiny):
+    data = examples(tiny)
+    options = dataclasses.replace(QUICK, criteria=("plainact",), predictor="static")
+    (found,) = calibrate(tiny.loaded, data, options)
+    _, scores, _ = all_scores(tiny, "plainact", [data[7]])
+    for kind, mean in (("heads", found.mean_head_scores), ("neurons", found.mean_neuron_scores)):
+        first = int(kind == "heads")  # layer 0's heads always run
+        assert (found.metrics[f"spearman_{kind}_by_layer"][0] is None) == bool(first)
+        for layer in range(first, tiny.shape.layers):
+            true = scores[kind][:, layer].float()
+            alone = fit_module._agreement(mean[layer].expand_as(true), true)
+            for name, key in (("spearman", f"spearman_{kind}"), ("recall_50", f"recall_{kind}_50")):
+                got = found.metrics[f"{key}_by_layer"]
+                assert len(got) == tiny.shape.layers
+                assert got[layer] == pytest.approx(float(alone[name].double().mean()), abs=1e-6)
+
+
 def test_metrics_of_a_perfect_and_of_an_unrelated_prediction():
     torch.manual_seed(0)
     true = torch.rand(20, 2000)

@@ -77,6 +77,34 @@ def test_several_taps_are_measured_beside_rankings_of_the_whole_model(tiny_opt, 
     assert len({value["perplexity"] for value in found.values()}) == len(found)
 
 
+@pytest.mark.parametrize("refresh", [0, 1, 3])
+def test_with_a_stride_only_new_tokens_are_scored(tiny, refresh):
+    """The first window as ever; of the others the last five tokens, each decoded in its window."""
+    session = tiny.session(Policy(0.5, 0.5, refresh=refresh, min_neurons=2))
+    text = tiny.ids(1, 22)[0].tolist()
+    windows = [text[start : start + 12] for start in (0, 5, 10)]
+    loss, count = 0.0, 0
+    for window in windows:
+        new = 5 if count else 10 if refresh else 5
+        ids = torch.tensor([window])
+        prompt = 1 if refresh else 12 - 5 - 1 if count else 6
+        logits = teacher_forced(session, ids, prompt=prompt)["logits"][0, -new - 1 : -1]
+        loss += float(torch.nn.functional.cross_entropy(logits, ids[0, -new:], reduction="sum"))
+        count += new
+    found = evaluate(session, windows, stride=5)
+    assert found["artifact"]["tokens"] == found["dense"]["tokens"] == count
+    assert found["artifact"]["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-3)
+    longer = evaluate(session, windows[1:], stride=5)["artifact"]
+    assert longer["tokens"] == count - 5
+
+
+def test_a_stride_of_whole_windows_is_none(tiny):
+    session, windows = tiny.session(HALF), windows_of(tiny)
+    plain, found = evaluate(session, windows), evaluate(session, windows, stride=11)
+    for name in ("artifact", "dense"):
+        assert found[name] == pytest.approx(plain[name])
+
+
 def test_static_masks_are_those_of_a_static_artifact(tiny):
     fixed, windows = tiny.calibration.static(), windows_of(tiny)
     beside = evaluate(tiny.session(HALF), windows, against=("static",))["static"]
