@@ -39,8 +39,9 @@ def prepack_linear(module: fx.GraphModule) -> bool:
             home.register_buffer(name, packed, persistent=False)
         with graph.inserting_before(node):
             read = graph.get_attr(f"{owner}.{name}".removeprefix("."))
-            arguments = (x, read, bias[0] if bias else None, "none", [], "")
-            fast = graph.call_function(torch.ops.mkldnn._linear_pointwise.default, arguments)
+            linear = torch.ops.mkldnn._linear_pointwise.default
+            own = bias[0] if bias else None
+            fast = graph.call_function(linear, (x, read, own, "none", [], ""))
         node.replace_all_uses_with(fast)
         graph.erase_node(node)
         changed = True

@@ -56,9 +56,7 @@ def true_scores(
     return scores
 
 
-def unit_factors(
-    loaded: LoadedModel, criterion: str, windows: Sequence[Sequence[int]]
-) -> Factors:
+def unit_factors(loaded: LoadedModel, criterion: str, windows: Sequence[Sequence[int]]) -> Factors:
     """What a criterion weighs units by, measured on text; empty if it weighs nothing."""
     collector = Collector(loaded.model, loaded.shape, "residual")
     return _factors(collector, find_criterion(criterion), windows)

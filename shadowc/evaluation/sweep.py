@@ -1,8 +1,8 @@
 """Quality over sparsity, before anything is compiled: many budgets and ways to choose, one text.
 
     shadow     the calibration's own predictor, with as many taps as it has
-    layerwise  a predictor in every layer (feature `entry`), by thresholds; fitted here from the same
-               model, criterion, data and seed unless the calibration is one
+    layerwise  a predictor in every layer (feature `entry`), by thresholds; fitted here from the
+               same model, criterion, data and seed unless the calibration is one
     static, oracle, random, dense      as in `perplexity.py`
 
 All run the masked program in fp32 with a new mask for every token, the first of a window dense.
@@ -33,12 +33,8 @@ from shadowc.budget import predictor_elements
 from shadowc.calibration.collect import Collector
 from shadowc.calibration.data import Example, calibration_examples, evaluation_windows
 from shadowc.calibration.fit import FitOptions, calibrate, centred_ranks
-from shadowc.calibration.store import (
-    JSON_FILE,
-    Calibration,
-    load_calibration,
-    save_calibration,
-)
+from shadowc.calibration.predictor import ShadowPredictor
+from shadowc.calibration.store import JSON_FILE, Calibration, load_calibration, save_calibration
 from shadowc.compiler import check_same_model
 from shadowc.config import ModelShape, Policy
 from shadowc.directory import sha256
@@ -346,6 +342,7 @@ class _Sweep:
             own = dict(tensors)
             for tap, *chosen in selections(self.predictors[method], policy):
                 for kind, threshold in zip(("head", "neuron"), chosen, strict=True):
+                    assert isinstance(threshold, Tensor)
                     own[f"predictor.{tap.layer}.{kind}_threshold"] = threshold
             return program.bind(own)
 
@@ -554,7 +551,8 @@ def masked_program(
         of the second projections a token reads, int64 [B, T, L].
     """
     scores = StaticScores(calibration.mean_head_scores, calibration.mean_neuron_scores)
-    predictors = [*calibration.build_predictors()] or [scores]
+    predictors: list[ShadowPredictor | StaticScores] = [*calibration.build_predictors()]
+    predictors = predictors or [scores]
     masks = export_masks(predictors, selections(calibration, policy), calibration.width)
     relu = shape.activation == "relu"
     module = run_passes(
