@@ -150,7 +150,7 @@ class State:
             try:
                 first, *lines = [json.loads(line) for line in whole.splitlines()]
                 self.records = {line["name"]: line["record"] for line in lines}
-                _check_fingerprint(first, json.loads(json.dumps(fingerprint)), path)
+                _check_fingerprint(first, fingerprint, path)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise OptionError(
                     f"{path} is damaged", got=error, fix="--fresh to start over"
@@ -226,11 +226,11 @@ def sweep(
     windows = evaluation_windows(
         loaded, options.data, options.seq_len, options.tokens, calibrated_on=calibration.data
     )
-    about = {
+    about: dict[str, Any] = {
         "model": calibration.model["name"],
         "model_fingerprint": calibration.model["fingerprint"],
         "calibration": sha256(calibration_file),
-        **asdict(options),
+        **{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(options).items()},
         "text": hashlib.sha256(json.dumps(windows).encode()).hexdigest(),
         "versions": versions(),
     }
