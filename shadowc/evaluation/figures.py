@@ -17,12 +17,12 @@ Format = Callable[[float], str]
 #: One hue for each way to choose units (Okabe and Ito's, apart also for the colour-blind).
 _LIGHT = {
     "shadow": "#0072b2", "layerwise": "#d55e00", "static": "#00835f", "oracle": "#b8518c",
-    "random": "#7a7a7a", "dense": "#333333", "grid": "#dddddd", "heat": "#0072b2", "paper": "#fff",
+    "random": "#7a7a7a", "dense": "#333333", "grid": "#dddddd", "heat": "#3a93cf", "paper": "#fff",
     "ink": "#1a1a1a",
 }  # fmt: skip
 _DARK = {
     "shadow": "#56b4e9", "layerwise": "#ff8a3d", "static": "#2fc79a", "oracle": "#e79ac3",
-    "random": "#a0a0a0", "dense": "#dddddd", "grid": "#3a3a3a", "heat": "#56b4e9",
+    "random": "#a0a0a0", "dense": "#dddddd", "grid": "#3a3a3a", "heat": "#2a78ad",
     "paper": "#161616", "ink": "#e8e8e8",
 }  # fmt: skip
 
@@ -121,7 +121,7 @@ def curves(
     width: int = 720,
     height: int = 400,
 ) -> str:
-    """Lines with a point for every value; the legend on the right is in the order of their ends.
+    """Lines with a point for every value; the legend is in the order of their ends.
 
     Args:
         name: What is shown, for readers that do not see it.
@@ -173,10 +173,12 @@ def curves(
             )
     for row, line in enumerate(sorted(ends, key=lambda key: -ends[key])):
         at = top + 10 + 20 * row
-        dashes = ' stroke-dasharray="6 4"' if line in (levels or {}) else ""
+        level = levels and levels.get(line)
+        dashes = "" if level is None else ' stroke-dasharray="6 4"'
+        text = line if level is None else f"{line} {y.show(level)}"
         parts.append(
             f'<path d="M{right + 14} {at}h22" style="stroke: var(--{line})"{dashes}/>'
-            + _label(right + 42, at + 4, line, "start")
+            + _label(right + 42, at + 4, text, "start")
         )
     return _svg(name, width, height, parts)
 
