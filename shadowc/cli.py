@@ -607,8 +607,9 @@ def _sweep(
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
+    """A comma list of numbers, ascending, each once."""
     try:
-        return tuple(float(part) for part in _split(text))
+        return tuple(sorted({float(part) for part in _split(text)}))
     except ValueError as error:
         raise OptionError(
             f"{option} {text!r} is not understood", expected="numbers, such as 0.1,0.5,0.9"

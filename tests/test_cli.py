@@ -453,7 +453,7 @@ def test_ctrl_c_that_a_library_makes_another_error_of(error, invoke, monkeypatch
 
 def sweeping(calibration, output, *more):
     """A short sweep's command line."""
-    sparsities = ("--sparsities", "0.3,0.6", "--tokens", "300", "--seq-len", "64")
+    sparsities = ("--sparsities", "0.6,0.3", "--tokens", "300", "--seq-len", "64")
     return ["eval", calibration, *sparsities, "--output", output, *more]
 
 

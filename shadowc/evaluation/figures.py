@@ -173,9 +173,9 @@ def curves(
             )
     for row, line in enumerate(sorted(ends, key=lambda key: -ends[key])):
         at = top + 10 + 20 * row
-        level = levels and levels.get(line)
-        dashes = "" if level is None else ' stroke-dasharray="6 4"'
-        text = line if level is None else f"{line} {y.show(level)}"
+        dashes, text = "", line
+        if line in (levels or {}):
+            dashes, text = ' stroke-dasharray="6 4"', f"{line} {y.show(ends[line])}"
         parts.append(
             f'<path d="M{right + 14} {at}h22" style="stroke: var(--{line})"{dashes}/>'
             + _label(right + 42, at + 4, text, "start")

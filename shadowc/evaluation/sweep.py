@@ -21,7 +21,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,6 @@ from shadowc.versions import versions
 AGAINST = ("dense", "static", "layerwise", "oracle", "random")
 SPARSITIES = tuple(tenths / 10 for tenths in range(1, 10))
 STATE, REPORT = "state.jsonl", "report.json"
-MOST_SPARSITIES = 99
 
 _BATCH_LOGITS = 1 << 22
 _FACTOR_WINDOWS = 64  # a mean square over 16,000 tokens is known well enough
@@ -78,7 +77,7 @@ class Options:
 
     Attributes:
         against: Names out of `AGAINST`, beside the calibration's own predictor.
-        sparsities: Of heads and of neurons, each as far as the model can go.
+        sparsities: Of heads and of neurons, ascending; each as far as the model can go.
         neurons_only: Skip no heads.
         data: Text to score.
         tokens: About how many tokens of it.
@@ -102,10 +101,11 @@ class Options:
                     f"nothing to compare with is called {name!r}", expected=", ".join(AGAINST)
                 )
         found = self.sparsities
-        if not found or len(found) > MOST_SPARSITIES or not all(0 <= s < 1 for s in found):
+        in_range = all(0 <= s < 1 for s in found)
+        if not found or not in_range or list(found) != sorted({*found}):
             raise OptionError(
                 "the sparsities are out of range",
-                expected=f"1 to {MOST_SPARSITIES} numbers in [0, 1), such as 0.1,0.5,0.9",
+                expected="ascending numbers in [0, 1), such as 0.1,0.5,0.9",
                 got=", ".join(map(str, found)) or "none",
             )
 
@@ -291,7 +291,7 @@ class _Sweep:
         self._prepare()
         records: dict[tuple[str, float], list[Record]] = {piece: [] for piece in pieces}
         for batch, ids in enumerate(groups):
-            ranked = cache(partial(self._rank, ids, batch))
+            ranked = lru_cache(maxsize=1)(partial(self._rank, ids, batch))  # methods take turns
             for method, sparsity in pieces:
                 name = f"{batch}/{method}/{sparsity}"
                 new = name not in state.records

@@ -153,6 +153,7 @@ def test_a_sweep_of_something_else_is_refused_by_name(tiny_opt, tmp_path):
         {"against": ("magic",)},
         {"sparsities": ()},
         {"sparsities": (1.0,)},
+        {"sparsities": (0.5, 0.5)},
         {"sparsities": (float("nan"),)},
     ],
 )
