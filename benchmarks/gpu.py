@@ -214,7 +214,9 @@ class Bench:
             session.static_keep = random_keep(self.shape, policy)
         own = {k: v for k, v in session.tensors.items() if k not in self.session.tensors
                or k.startswith("predictor.")}  # fmt: skip
-        session.tensors = {k: self.session.tensors[k] for k in session.tensors if k not in own} | own
+        session.tensors = {
+            k: self.session.tensors[k] for k in session.tensors if k not in own
+        } | own
         return session
 
     def with_budget(self, share: float, *, lazy: bool = False) -> CudaSession:

@@ -496,7 +496,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(calibration, tmp_path):
     command = sweeping(calibration, output, "--fresh", "--tokens", "30000")
     process = subprocess.Popen(
         [sys.executable, "-m", "shadowc", *map(str, command)],
-        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_ctrl_c,
     )  # fmt: skip
     state, limit = output / "state.jsonl", time.monotonic() + 120
     while time.monotonic() < limit and not (state.exists() and len(state.read_text()) > 2000):

@@ -118,7 +118,7 @@ def curves(
     y: Axis,
     *,
     levels: Mapping[str, float] | None = None,
-    width: int = 720,
+    width: int = 746,
     height: int = 400,
 ) -> str:
     """Lines with a point for every value; the legend is in the order of their ends.
@@ -132,7 +132,7 @@ def curves(
         width: In pixels.
         height: In pixels.
     """
-    left, right, top, bottom = 62, width - 104, 12, height - 46
+    left, right, top, bottom = 62, width - 130, 12, height - 46
 
     def place(point: Point) -> Point:
         return (

@@ -236,7 +236,7 @@ def sweep(
     }
     state = State(output / STATE, about, fresh=fresh)
     try:
-        found = _Sweep(loaded, calibration, output, options, windows, state).run(progress, fresh)
+        found = _Sweep(loaded, calibration, output, options, windows, state).run(progress)
     finally:
         state.close()
     facts = {
@@ -267,14 +267,14 @@ class _Sweep:
     windows: Sequence[Sequence[int]]
     state: State
 
-    def run(self, progress: Progress, fresh: bool) -> dict[str, Any]:
+    def run(self, progress: Progress) -> dict[str, Any]:
         """All pieces of work, in an order that never changes."""
         options, state, shape = self.options, self.state, self.loaded.shape
         methods = options.methods(self.calibration)
         self.predictors = {self.calibration.predictor: self.calibration}
         self.predictors.pop("static", None)
         if "layerwise" in methods and "layerwise" not in self.predictors:
-            self.predictors["layerwise"] = self._layerwise(fresh)
+            self.predictors["layerwise"] = self._layerwise()
         groups = batches(self.windows, shape.vocab, _BATCH_LOGITS)
         pieces = [
             (method, sparsity)
@@ -308,16 +308,24 @@ class _Sweep:
             **state.get("compared", self._compare),
         }
 
-    def _layerwise(self, fresh: bool) -> Calibration:
+    def _layerwise(self) -> Calibration:
         """A predictor in every layer, fitted as the calibration was, or read back."""
         own, directory = self.calibration, self.output / "layerwise"
-        if fresh or not (directory / JSON_FILE).exists():
+
+        def fit() -> Record:
             examples = calibration_examples(
                 self.loaded, own.data, own.examples, own.seq_len, own.seed
             )
             fitting = FitOptions((own.criterion,), "layerwise", "entry", seed=own.seed)
             (fitted,) = calibrate(self.loaded, examples, fitting, data=own.data, progress=True)
             save_calibration(fitted, directory)
+            return {"sha256": sha256(directory / JSON_FILE)}
+
+        file = directory / JSON_FILE
+        if self.state.get("layerwise", fit)["sha256"] != (sha256(file) if file.exists() else None):
+            raise OptionError(
+                f"{directory} is not what was fitted for this sweep", fix="--fresh to start over"
+            )
         return load_calibration(directory)
 
     def _prepare(self) -> None:
@@ -424,7 +432,7 @@ class _Sweep:
             logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
         )
         counted = slice(1, tokens - 1)
-        ran = neurons[:, counted].sum(-1)
+        ran = neurons[:, counted].sum(-1, dtype=torch.int32)  # int64 takes 20 times as long
         read = rows[0][:, counted] if rows and method != "dense" else ran
         return {
             "loss": float(losses.view(batch, -1)[:, counted].sum(dtype=torch.float64)),

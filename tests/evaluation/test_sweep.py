@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shadowc.calibration.data import evaluation_windows
-from shadowc.calibration.store import JSON_FILE, save_calibration
+from shadowc.calibration.store import JSON_FILE, load_calibration, save_calibration
 from shadowc.config import Policy
 from shadowc.errors import OptionError
 from shadowc.evaluation import figures, sweep
@@ -92,6 +92,17 @@ def test_a_layerwise_calibration_is_its_own_baseline(tiny_opt, tmp_path):
     result = run(tiny_opt, calibration, tmp_path, replace(SMALL, against=("layerwise",)))
     assert list(result["methods"]) == list(result["rank_correlation"]) == ["layerwise"]
     assert not (tmp_path / "eval" / "layerwise").exists()
+
+
+def test_a_layerwise_baseline_of_something_else_is_refused(tiny_opt, tmp_path):
+    options = replace(SMALL, against=("layerwise",), sparsities=(0.5,))
+    calibration = calibration_of(tiny_opt)
+    before = run(tiny_opt, calibration, tmp_path, options)
+    directory = tmp_path / "eval" / "layerwise"
+    save_calibration(replace(load_calibration(directory), seed=9), directory)
+    with pytest.raises(OptionError, match="layerwise is not what was fitted"):
+        run(tiny_opt, calibration, tmp_path, options)
+    assert run(tiny_opt, calibration, tmp_path, options, fresh=True) == before
 
 
 def test_neurons_only_skips_no_head(tiny_opt, tmp_path):

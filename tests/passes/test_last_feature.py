@@ -33,7 +33,12 @@ TAPS = [(0,), (0, 2), (0, 1, 2)]
 
 
 @pytest.mark.parametrize(
-    "feature, taps", [("context", (0,)), *(("residual", t) for t in TAPS), *((f, TAPS[2]) for f in ("normed", "entry"))]
+    "feature, taps",
+    [
+        ("context", (0,)),
+        *(("residual", t) for t in TAPS),
+        *((f, TAPS[2]) for f in ("normed", "entry")),
+    ],
 )
 def test_scores_are_those_of_the_last_token(tiny, feature, taps):
     ids, tiny = tiny.ids(), tiny.with_taps(taps)
