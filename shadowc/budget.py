@@ -5,8 +5,8 @@ Rows of the second projection whose activation is exactly zero are free. The res
     min  sum_s damage_s(x_s)   such that   sum_s bytes_s(x_s) <= budget,   s: (kind, layer)
 
 with x_s the share of the site's units that is skipped, and calibration's predicted damage of the
-predictor's own choice (`calibration/damage.py`). Every site is moved down its curve as long as that saves more bytes for a unit
-of damage than elsewhere; the price at which the budget is met is found by bisection.
+predictor's own choice (`calibration/damage.py`). Every site moves down its curve while that saves
+more bytes for a unit of damage than elsewhere; bisection finds the price that meets the budget.
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ import functools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -501,6 +503,8 @@ def run(
 
 
 def _show_eval(result: Result) -> None:
+    if result.get("kind") == "sweep":
+        return _show_sweep(result)
     table = _table("masks", "perplexity", "word perplexity", "heads skipped", "neurons skipped")
     for name, value in result["variants"].items():
         table.add_row(
@@ -533,22 +537,44 @@ def _show_eval(result: Result) -> None:
     out.print(f"{result['tokens']} tokens of {result['data']}, masks of each token are causal")
 
 
+def _show_sweep(result: Result) -> None:
+    methods = {name: points for name, points in result["methods"].items() if name != "dense"}
+    table = _table("sparsity", *methods)
+    for index, sparsity in enumerate(result["sparsities"]):
+        row = (_perplexity(points[index]["perplexity"]) for points in methods.values())
+        table.add_row(f"{sparsity:.0%}", *row)
+    out.print(table)
+    if "dense" in result["methods"]:
+        out.print(f"dense: {_perplexity(result['methods']['dense'][0]['perplexity'])}")
+    what = "neurons" if result["neurons_only"] else "heads and neurons"
+    out.print(
+        f"perplexity of {result['scored']} tokens of {result['data']}, sparsity of {what}; "
+        f"{result['seconds']:.0f} s -> {result['output']}/report.html"
+    )
+
+
 @command(
     "eval",
     _show_eval,
     "shadowc eval artifacts/opt-books-15m-plainact-s50-cpu --against dense,static,random",
 )
 def eval_(
-    artifact: ArtifactPath,
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT|CALIBRATION", help="Of a calibration: a sweep.")
+    ],
     data: Data = "pydoc",
     tasks: Annotated[
         str, typer.Option(help="Comma list of piqa, copa, rte, ... or TASK:FILE.jsonl.")
     ] = "",
     against: Annotated[
-        str, typer.Option(help="Comma list of dense, static, random, oracle.")
-    ] = "dense",
-    tokens: Annotated[int, typer.Option(min=2, help="About how many tokens to score.")] = 8192,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+        str | None,
+        typer.Option(
+            help="Comma list of dense, static, random, oracle; in a sweep layerwise too.",
+            show_default="dense; all of them in a sweep",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=3, help="About how many tokens to score.")] = 8192,
+    seq_len: Annotated[int, typer.Option(min=3, help="Tokens of a window.")] = 256,
     stride: Annotated[
         int | None,
         typer.Option(
@@ -564,16 +590,46 @@ def eval_(
     generate: Annotated[
         int, typer.Option(min=0, help="Also generate so many tokens beside dense, greedily.")
     ] = 0,
+    sparsities: Annotated[
+        str | None, typer.Option(help="Sweep: comma list.", show_default="0.1,0.2, ... 0.9")
+    ] = None,
+    neurons_only: Annotated[
+        bool, typer.Option("--neurons-only", help="Sweep: skip no heads.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Sweep: start over.")] = False,
+    seed: Annotated[int, typer.Option(help="Sweep: of random masks.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Sweep: where to write.", show_default="CALIBRATION/eval"),
+    ] = None,
     allow_jit: AllowJit = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
-    """Measure quality: causal perplexity, tasks and generation, beside the dense model."""
+    """Measure quality: causal perplexity, tasks and generation, beside the dense model.
+
+    Of a calibration: the perplexity of every way to choose units at every sparsity, with a report
+    in pictures. The same command goes on where an interrupted one stopped.
+    """
     with _busy("loading"):
         from shadowc.artifact import open_artifact
+        from shadowc.calibration.store import JSON_FILE
         from shadowc.evaluation.perplexity import evaluate_artifact
         from shadowc.evaluation.report import save_section
-
+    if (artifact / JSON_FILE).exists():
+        if tasks:
+            raise OptionError(
+                "--tasks does not apply to a calibration", expected="--tasks with an artifact"
+            )
+        settings = dict(data=data, tokens=tokens, seq_len=seq_len, neurons_only=neurons_only)
+        return _sweep(artifact, against, sparsities, output, fresh, seed=seed, **settings)
+    if sparsities is not None or neurons_only or fresh or output is not None:
+        raise OptionError(
+            "--sparsities, --neurons-only, --fresh and --output are those of a sweep",
+            expected="a calibration",
+            got=artifact,
+        )
+    with _busy("verifying"):
         opened = open_artifact(artifact)
     with _progress() as progress:
         result = evaluate_artifact(
@@ -582,7 +638,7 @@ def eval_(
             seq_len=seq_len,
             stride=stride,
             tokens=tokens,
-            against=_split(against),
+            against=_split("dense" if against is None else against),
             tasks=_split(tasks),
             questions=questions,
             num_fewshot=num_fewshot,
@@ -606,6 +662,60 @@ def lm_eval(context: typer.Context) -> None:
         from shadowc.evaluation.lm_eval import main as run_harness
 
         run_harness(context.args)
+
+
+def _sweep(
+    path: Path,
+    against: str | None,
+    sparsities: str | None,
+    output: Path | None,
+    fresh: bool,
+    **settings: Any,
+) -> Result:
+    """Every way to choose units at every sparsity."""
+    if against is not None:
+        settings["against"] = _split(against)
+    if sparsities is not None:
+        settings["sparsities"] = _numbers("--sparsities", sparsities)
+    with _busy("loading"):
+        from shadowc.calibration.store import JSON_FILE, load_calibration
+        from shadowc.evaluation.report import save_sweep
+        from shadowc.evaluation.sweep import Options, sweep
+        from shadowc.models import load_model
+
+        options = Options(**settings)
+        calibration = load_calibration(path)
+        target = output or path / ("eval-neurons" if options.neurons_only else "eval")
+        loaded = load_model(calibration.model["name"])
+    began, bar = time.monotonic(), _progress()
+    task = bar.add_task("scoring", total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()  # not earlier: fitting has a bar of its own
+        bar.update(task, completed=done, total=total)
+
+    try:
+        result = sweep(
+            loaded, calibration, path / JSON_FILE, target, options, fresh=fresh, progress=show
+        )
+    except KeyboardInterrupt:
+        again = shlex.join(word for word in sys.argv[1:] if word != "--fresh")
+        err.print(f"what was scored is kept; to go on: shadowc {again}")
+        raise
+    finally:
+        bar.stop()
+    save_sweep(result, target)
+    return {**result, "output": str(target), "seconds": round(time.monotonic() - began, 1)}
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    """A comma list of numbers, ascending, each once."""
+    try:
+        return tuple(sorted({float(part) for part in _split(text)}))
+    except ValueError as error:
+        raise OptionError(
+            f"{option} {text!r} is not understood", expected="numbers, such as 0.1,0.5,0.9"
+        ) from error
 
 
 # bench --------------------------------------------------------------------------------------------

@@ -507,3 +507,60 @@ def test_ctrl_c_that_a_library_makes_another_error_of(error, invoke, monkeypatch
         signal.signal(signal.SIGINT, before)
     assert code == 130 and out == ""
     assert err.count("interrupted") == 1 and "error:" not in err and "Traceback" not in err
+
+
+def sweeping(calibration, output, *more):
+    """A short sweep's command line."""
+    sparsities = ("--sparsities", "0.6,0.3", "--tokens", "300", "--seq-len", "64")
+    return ["eval", calibration, *sparsities, "--output", output, *more]
+
+
+def test_eval_of_a_calibration_is_a_sweep(calibration, tmp_path, invoke):
+    output = tmp_path / "out"
+    command = sweeping(calibration, output, "--against", "dense,static", "--neurons-only")
+    code, text, _ = invoke(*command, "--json")
+    assert code == 0
+    result = json.loads(text)
+    assert list(result["methods"]) == ["shadow", "dense", "static"]
+    assert [point["sparsity"] for point in result["methods"]["static"]] == [0.3, 0.6]
+    report = json.loads((output / "report.json").read_text())
+    assert report == {k: v for k, v in result.items() if k not in ("output", "seconds")}
+    assert "</html>" in (output / "report.html").read_text()
+    code, text, _ = invoke(*command)  # measured already
+    assert code == 0 and "sparsity of neurons" in text and "report.html" in text
+    code, _, error = invoke(*sweeping(calibration, output, "--against", "dense,static"))
+    assert code == 2 and "another neurons_only" in error and "--fresh" in error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--sparsities", "0.5,x"), ("--sparsities", "1.5"), ("--against", "magic"),
+     ("--tasks", "copa")],
+)  # fmt: skip
+def test_a_sweep_refuses_what_it_cannot_measure(calibration, tmp_path, invoke, options):
+    code, _, error = invoke("eval", calibration, "--output", tmp_path / "out", *options)
+    assert code == 2 and error.startswith("loading") and "error:" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [("--sparsities", "0.5"), ("--neurons-only",), ("--fresh",)])
+def test_an_artifact_has_no_sweep(artifact, invoke, option):
+    code, _, error = invoke("eval", artifact, *option)
+    assert code == 2 and "those of a sweep" in error
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(calibration, tmp_path):
+    output = tmp_path / "out"
+    command = sweeping(calibration, output, "--fresh", "--tokens", "30000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shadowc", *map(str, command)],
+        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_ctrl_c,
+    )  # fmt: skip
+    state, limit = output / "state.jsonl", time.monotonic() + 120
+    while time.monotonic() < limit and not (state.exists() and len(state.read_text()) > 2000):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert f"to go on: shadowc eval {calibration}" in error and "--fresh" not in error
+    assert not (output / "report.json").exists() and state.exists()

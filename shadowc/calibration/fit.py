@@ -502,7 +502,7 @@ class Fit:
 
 def _agreement(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
     """Spearman and recalls of each token: {`spearman`, `recall_30`, ...} -> [N]."""
-    x, y = _centred_ranks(predicted), _centred_ranks(true)
+    x, y = centred_ranks(predicted), centred_ranks(true)
     scale = (x.square().sum(dim=1) * y.square().sum(dim=1)).sqrt()
     found = {"spearman": (x * y).sum(dim=1) / scale.clamp(min=1e-12)}
     units = true.shape[1]
@@ -517,7 +517,7 @@ def _agreement(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _centred_ranks(scores: Tensor) -> Tensor:
+def centred_ranks(scores: Tensor) -> Tensor:
     """Ranks within each row, ties averaged, minus their mean: fp64 [N, U]."""
     ordered = scores.sort(dim=1).values
     scores = scores.contiguous()

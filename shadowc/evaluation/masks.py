@@ -70,7 +70,7 @@ def with_given_masks(program: Program) -> Program:
     """The masked program with its masks as inputs instead of a predictor: for any other predictor.
 
     Args:
-        program: A masked program that returns (logits, head mask, neuron mask).
+        program: A masked program that returns (logits, head mask, neuron mask, ...).
 
     Returns:
         The same graph with inputs `head_mask` and `neuron_mask`.
@@ -78,7 +78,7 @@ def with_given_masks(program: Program) -> Program:
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     (returned,) = program.graph.output_node().args
-    _, *stacked = returned  # one mask a layer
+    stacked = returned[1:3]  # one mask a layer
     placeholders = program.graph.find_nodes(op="placeholder")
     for node in placeholders:
         values[node] = graph.node_copy(node, lambda n: values[n])

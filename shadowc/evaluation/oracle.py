@@ -13,9 +13,16 @@ from shadowc.calibration.data import Example
 from shadowc.errors import OptionError
 from shadowc.models import LoadedModel
 
+#: What multiplies the scores of a site's units, fp32 [U].
+Factors = dict[Site, Tensor]
+
 
 def true_scores(
-    loaded: LoadedModel, criterion: str, windows: Sequence[Sequence[int]], seed: int = 0
+    loaded: LoadedModel,
+    criterion: str,
+    windows: Sequence[Sequence[int]],
+    seed: int = 0,
+    factors: Factors | None = None,
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Score with the original model what a predictor can only guess.
 
@@ -24,6 +31,7 @@ def true_scores(
         criterion: Name of the artifact's criterion.
         windows: The text; a criterion that weighs units by their mean gradient takes it from here.
         seed: Of criteria that draw.
+        factors: What `unit_factors` gave, if it is known already.
 
     Returns:
         A function of ids int64 [B, T] that gives scores fp32 [B, T, L, H] and [B, T, L, F].
@@ -40,22 +48,28 @@ def true_scores(
         )
     collector = Collector(loaded.model, loaded.shape, "residual", (), chosen.needs)
     generator = torch.Generator().manual_seed(seed)
-    factors = _factors(collector, chosen, windows)
+    known = _factors(collector, chosen, windows) if factors is None else factors
 
     def scores(ids: Tensor) -> tuple[Tensor, Tensor]:
         batch = _run(collector, ids.tolist())
 
         found: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
         for units in batch.units(generator):
-            found[units.kind].append(score(units) * factors.get(units.site, 1.0))
+            found[units.kind].append(score(units) * known.get(units.site, 1.0))
         return torch.stack(found["heads"], dim=2), torch.stack(found["neurons"], dim=2)
 
     return scores
 
 
+def unit_factors(loaded: LoadedModel, criterion: str, windows: Sequence[Sequence[int]]) -> Factors:
+    """What a criterion weighs units by, measured on text; empty if it weighs nothing."""
+    collector = Collector(loaded.model, loaded.shape, "residual")
+    return _factors(collector, find_criterion(criterion), windows)
+
+
 def _factors(
     collector: Collector, criterion: Criterion, windows: Sequence[Sequence[int]]
-) -> dict[Site, Tensor]:
+) -> Factors:
     if criterion.factor is None:
         return {}
     sums: dict[Site, Tensor] = {}
@@ -71,4 +85,6 @@ def _factors(
 
 
 def _run(collector: Collector, windows: Sequence[Sequence[int]]) -> Batch:
-    return collector.run([Example(list(ids), [True] * len(ids)) for ids in windows])
+    examples = [Example(list(ids), [True] * len(ids)) for ids in windows]
+    with torch.inference_mode(False):  # gradients need tensors that were made outside of it
+        return collector.run(examples)

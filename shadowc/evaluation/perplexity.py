@@ -145,11 +145,13 @@ def evaluate(
     return {name: tally.to_json() for name, tally in tallies.items()}
 
 
-def batches(windows: Sequence[Sequence[int]], vocab: int) -> list[Tensor]:
-    """Windows of equal length together, int64 [B, T], so that the logits stay small."""
+def batches(
+    windows: Sequence[Sequence[int]], vocab: int, logits: int = BATCH_LOGITS
+) -> list[Tensor]:
+    """Windows of equal length together, int64 [B, T], so that the logits stay few."""
     found: list[list[Sequence[int]]] = []
     for window in windows:
-        most = max(1, BATCH_LOGITS // (len(window) * vocab))
+        most = max(1, logits // (len(window) * vocab))
         if not found or len(found[-1][0]) != len(window) or len(found[-1]) >= most:
             found.append([])
         found[-1].append(window)

@@ -10,6 +10,7 @@ from typing import Any
 
 from shadowc.artifact import Artifact, update_report
 from shadowc.calibration.store import Calibration
+from shadowc.evaluation import figures
 
 HTML = "report.html"
 _COLORS = {"heads": "#3b6ea5", "neurons": "#6a9a3b"}
@@ -145,7 +146,7 @@ def render(artifact: Artifact) -> str:
         _bars("heads", [row[0] / shape["heads"] for row in ran]),
         _bars("neurons", [row[1] / shape["ffn"] for row in ran]),
     ]
-    return _PAGE.format(title=_text(artifact.path.name), body="\n".join(parts))
+    return _PAGE.format(title=_text(artifact.path.name), style="", body="\n".join(parts))
 
 
 _PAGE = """<!doctype html>
@@ -153,7 +154,7 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto }}
 table {{ border-collapse: collapse }} td, th {{ padding: .15rem 1rem .15rem 0; text-align: left }}
 th {{ border-bottom: 1px solid #999 }} svg text {{ font: 10px system-ui, sans-serif }}
-</style></head><body>
+{style}</style></head><body>
 {body}
 </body></html>
 """
@@ -203,3 +204,159 @@ def _percent(value: float) -> str:
 
 def _text(value: object) -> str:
     return html.escape(value if isinstance(value, str) else json.dumps(value))
+
+
+def save_sweep(result: Mapping[str, Any], directory: Path) -> None:
+    """Draw the page of a sweep beside its numbers."""
+    partial = directory / f"{HTML}.tmp"
+    partial.write_text(render_sweep(result), encoding="utf-8")
+    partial.replace(directory / HTML)
+
+
+def render_sweep(result: Mapping[str, Any]) -> str:
+    """One self-contained page of a sweep: its pictures, then the numbers behind them."""
+    methods = {name: points for name, points in result["methods"].items() if name != "dense"}
+    title = f"{result['model']}, {result['criterion']}: quality over sparsity"
+    facts = {key: value for key, value in result.items() if _is_plain(value)}
+    rows = [
+        (name, _percent(p["sparsity"]), f"{p['perplexity']:.2f}", _percent(p["head_sparsity"]),
+         _percent(p["neuron_sparsity"]), _percent(p["weight_bytes_skipped"]))
+        for name, points in result["methods"].items()
+        for p in points
+    ]  # fmt: skip
+    head = ("masks", "asked for", "perplexity", "heads skipped", "neurons skipped", "bytes skipped")
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        *_perplexity_figures(result, methods),
+        _correlation_figure(result),
+        *([_budget_figure(result, methods)] if methods else []),
+        _context_figure(result),
+        "<h2>Numbers</h2>",
+        _table(head, rows),
+        "<h2>What was measured</h2>",
+        _pairs({**facts, **{f"{k} version": v for k, v in result["versions"].items()}}),
+    ]
+    return _PAGE.format(title=_text(title), style=figures.STYLE, body="\n".join(parts))
+
+
+def _perplexity_figures(
+    result: Mapping[str, Any], methods: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[str]:
+    """Perplexity over sparsity, and over bytes; a second time without random, which is far off."""
+    dense = result["methods"].get("dense")
+    levels = {"dense": dense[0]["perplexity"]} if dense else {}
+    units = "neurons" if result["neurons_only"] else "heads and neurons"
+    near = {name: points for name, points in methods.items() if name != "random"}
+
+    def pictures(key: str, label: str) -> list[str]:
+        drawn = []
+        for some in [methods, near] if methods.keys() > near.keys() > set() else [methods]:
+            lines = {
+                name: sorted((p[key], p["perplexity"]) for p in points)
+                for name, points in some.items()
+            }
+            points = [point for line in lines.values() for point in line]
+            x = figures.linear(label, [x for x, _ in points] or [0.0, 1.0], figures.percent)
+            y = figures.logarithmic("perplexity (log)", [*levels.values(), *(y for _, y in points)])
+            drawn.append(figures.curves(f"perplexity over {label}", lines, x, y, levels=levels))
+        return drawn
+
+    return [
+        figures.figure(
+            "Perplexity over sparsity",
+            f"{result['scored']:,} tokens of {result['data']}; every token has its own causal "
+            f"mask. Sparsity is the share of all {units} that does not run, as far as the model "
+            "can go: each layer keeps a few, and layer 0 all of its heads.",
+            *pictures("sparsity", f"sparsity of {units}"),
+        ),
+        figures.figure(
+            "Perplexity over bytes",
+            "The same runs. A predictor's own bytes count against it; rows of exactly zero "
+            "activations are not read either, except by dense. What static, random and oracle "
+            "take to choose is not counted: the first is nothing, the others cannot be had.",
+            *pictures(
+                "weight_bytes_skipped", "weight bytes of the layers that a token does not read"
+            ),
+        ),
+    ]
+
+
+def _correlation_figure(result: Mapping[str, Any]) -> str:
+    """Predicted against true scores, layer by layer."""
+    found = result["rank_correlation"]
+    layers = range(len(result["head_rank_variance"]))
+    pictures = []
+    for kind in ("heads", "neurons") if found else ():
+        lines = {
+            name: [(float(i), value) for i, value in enumerate(kinds[kind]) if value is not None]
+            for name, kinds in found.items()
+        }
+        values = [value for line in lines.values() for _, value in line]
+        step = max(1, -(-len(layers) // 12))
+        x = figures.Axis(
+            f"layer ({kind})", [float(i) for i in layers[::step]], figures.number,
+            ends=(-0.3, len(layers) - 0.7),
+        )  # fmt: skip
+        y = figures.linear("rank correlation", [0.0, 1.0, *values])
+        name = f"rank correlation of {kind} by layer"
+        pictures.append(figures.curves(name, lines, x, y, height=260))
+    return figures.figure(
+        "How well scores are predicted",
+        f"Spearman's rank correlation of predicted with true scores among the units of a layer, "
+        f"the mean over {result['compared_tokens']:,} tokens of the scored text, nothing skipped. "
+        "Layer 0's heads always run, so nobody predicts them."
+        + ("" if found else " This calibration has no predictor."),
+        *pictures,
+    )
+
+
+def _budget_figure(
+    result: Mapping[str, Any], methods: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str:
+    """Where each way to choose spends its budget."""
+    nearest = min(result["sparsities"], key=lambda s: abs(s - 0.5))
+    at = result["sparsities"].index(nearest)
+    layers = [str(i) for i in range(len(result["head_rank_variance"]))]
+    pictures = [
+        figures.heat_map(
+            f"share of the {kind} that run, {nearest:.0%} asked to be skipped",
+            list(methods),
+            layers,
+            [points[at][f"{kind}_by_layer"] for points in methods.values()],
+            row_label="masks",
+            column_label="layer",
+            most=1.0,
+            show=figures.whole_percent,
+        )
+        for kind in ("heads", "neurons")
+    ]
+    return figures.figure(
+        "Budget of each layer",
+        "Mean share of a layer's units that a token runs. One ranking over the whole model, or one "
+        "set of thresholds, decides how many units each layer keeps. Units that tie (to the oracle "
+        "all neurons that a ReLU made zero) go to the lowest layers.",
+        *pictures,
+    )
+
+
+def _context_figure(result: Mapping[str, Any]) -> str:
+    """How much the importance of each head depends on the context."""
+    variance = result["head_rank_variance"]
+    spread = [[value**0.5 for value in layer] for layer in variance]
+    heads = len(variance[0])
+    return figures.figure(
+        "Context dependence of heads",
+        f"Standard deviation, over {result['compared_tokens']:,} tokens, of a head's rank by true "
+        f"score among all {heads * len(variance):,} heads. 0: equally important in every context, "
+        "so that a fixed choice would do.",
+        figures.heat_map(
+            "standard deviation of a head's rank (ranks)",
+            [str(i) for i in range(len(variance))],
+            [str(i) for i in range(heads)],
+            spread,
+            row_label="layer",
+            column_label="head",
+            most=max(max(layer) for layer in spread),
+            show=figures.tenths,
+        ),
+    )
