@@ -195,7 +195,6 @@ def test_jacov_prefers_unrelated_rows(units):
 
 def test_epenas_is_the_difference_over_all_pairs(tiny, kind):
     units = units_of(collect(tiny, 30, 25), kind)
-    found = static("epenas", units)
     # A few classes, so that there are pairs of each.
     units = dataclasses.replace(units, following=units.following % 3)
     found = static("epenas", units)
