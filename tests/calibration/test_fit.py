@@ -165,8 +165,10 @@ def test_held_out_examples_are_held_out(tiny):
     (first,) = calibrate(tiny.loaded, data, QUICK)
     data[7] = Example(data[7].ids[::-1], data[7].scored)
     (second,) = calibrate(tiny.loaded, data, QUICK)
-    for name, value in first.tensors().items():  # quantiles are of the held-out predictions
-        assert torch.equal(second.tensors()[name], value) == ("quantiles" not in name)
+    for name, value in first.tensors().items():  # some are of the held-out predictions
+        assert torch.equal(second.tensors()[name], value) == (
+            "quantiles" not in name and "damage" not in name
+        )
     assert first.metrics["spearman_neurons"] != second.metrics["spearman_neurons"]
 
 
