@@ -879,8 +879,9 @@ def inspect(
 
 
 def _show_names(result: Result) -> None:
-    table = _table(*next(iter(result.values()))[0])
-    for row in next(iter(result.values())):
+    (rows,) = result.values()
+    table = Table(*rows[0])
+    for row in rows:
         table.add_row(*row.values())
     out.print(table)
 
@@ -903,8 +904,8 @@ def criteria(as_json: AsJson = False, debug: Debug = False) -> Result:
         "criteria": [
             {
                 "criterion": c.name,
-                "score": c.formula,
                 "of": "tokens" if c.per_token else "all data",
+                "score": c.formula,
                 "source": c.source,
             }
             for c in CRITERIA.values()

@@ -321,6 +321,7 @@ CRITERIA = {
             "sum_e abs( dW*W ), rows of the first FFN matrix (heads: plainact)",
             "the published code's variant for neurons (Akhauri 2024)",
             None,
+            balance=0.25,
             total=plainact_weights,
             needs=("first",),
         ),
@@ -337,6 +338,7 @@ CRITERIA = {
             "sum_t norm( W_out,u a_u )",
             "what the unit adds to the residual stream (WINA, Chen 2025)",
             contrib,
+            balance=0.75,
         ),
         Criterion(
             "l2norm",
@@ -362,6 +364,7 @@ CRITERIA = {
             "abs( sum_t sum_d g*a )",
             "sensitivity to a gate on the unit (Lee 2018)",
             plainact,
+            balance=0.5,
             total=snip,
         ),
         Criterion(
