@@ -141,6 +141,15 @@ def test_run_streams_text_and_the_json_has_the_same(work, artifact, invoke):
     assert done.stdout.strip() == result["text"].strip()
 
 
+def test_bench_in_a_process_that_ran_nothing_before(artifact, tmp_path):
+    """Nobody else has registered the ops that it knows."""
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    sizes = ("--prompt-len", "8", "--new-tokens", "16", "--no-hugging-face")
+    done = shadowc("bench", copy, *sizes, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ms_per_token"] > 0
+
+
 def test_sampling_depends_on_the_seed_only(artifact, invoke):
     def text(seed):
         options = ("--prompt", "It was", "--max-new-tokens", 12, "--temperature", 1.5)

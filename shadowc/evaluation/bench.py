@@ -46,6 +46,9 @@ from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
 from shadowc.versions import versions
 
+#: The ops that choose units.
+_SELECTIONS = ("select", "select_above", "choose_above")
+
 #: Tokens that a variant decodes before the next one has its turn.
 TURN = 8
 #: Tokens at the beginning that are not measured, and the least that are.
@@ -402,17 +405,18 @@ class _SelectionTimer(Program):
         return run
 
     def _choosing(self) -> set[fx.Node]:
-        ops = torch.ops.shadowc
         placeholders = self.graph.find_nodes(op="placeholder")
         scoring = {
             node
             for name, node in zip(self.weights, placeholders, strict=False)
             if name.startswith("predictor.")
         }
+        # By name: an artifact registers no ops but those that it runs.
         selects = {
             node
-            for op in (ops.select.default, ops.select_above.default, ops.choose_above.default)
-            for node in self.graph.find_nodes(op="call_function", target=op)
+            for node in self.graph.nodes
+            if getattr(node.target, "namespace", "") == "shadowc"
+            and node.target._opname in _SELECTIONS
         }
         needed = set(selects)
         for node in reversed(list(self.graph.nodes)):
