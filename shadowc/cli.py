@@ -292,6 +292,12 @@ def compile_(
             "--max-ppl-increase excludes --sparsity, --head-sparsity and --neuron-sparsity",
             expected="one way to say how much to skip",
         )
+    if (most is not None or budget == "bytes") and (scope != "global" or selection == "topk"):
+        raise OptionError(
+            "a budget of bytes chooses by thresholds, with a share for each layer",
+            expected="neither --scope local nor --selection topk with it",
+            got=f"--scope {scope} --selection {selection or 'threshold'}",
+        )
     policy = _policy(sparsity, head_sparsity, neuron_sparsity, budget, scope, refresh)
     _choice("dtype", dtype, ("auto", *DTYPES))
     _choice("predictor", predictor or "static", ("static",))

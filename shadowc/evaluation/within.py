@@ -92,7 +92,10 @@ def largest_budget(
     def measure(fraction: float) -> float:
         candidate = allot(calibration, fraction, policy)
         masked = copy.copy(session)
-        masked.tensors = {**session.tensors, **_thresholds(calibration, candidate)}
+        chosen = _thresholds(calibration, candidate)
+        masked.tensors = {
+            **session.tensors, **{name: t.to(session.device) for name, t in chosen.items()}
+        }  # fmt: skip
         masked._bound = {}
         perplexity: float = evaluate(masked, windows, against=())["artifact"]["perplexity"]
         increase = perplexity / dense - 1.0
