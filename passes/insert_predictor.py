@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from shadowc.calibration.predictor import ShadowPredictor
+from shadowc.calibration.predictor import Predictor
 from shadowc.config import Tap
 from shadowc.errors import PassError
 from shadowc.kernels.select import select_reference
@@ -107,7 +107,7 @@ class TapMasks:
 
 
 def export_masks(
-    predictors: Sequence[ShadowPredictor | StaticScores],
+    predictors: Sequence[Predictor | StaticScores],
     chosen: Iterable[tuple[Tap, Selection, Selection]],
     width: int,
 ) -> list[TapMasks]:

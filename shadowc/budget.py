@@ -24,10 +24,12 @@ from shadowc.errors import OptionError
 
 def predictor_elements(calibration: Calibration, *, heads: bool, neurons: bool) -> int:
     """Matrix elements that the predictions of one token read, at all taps."""
-    shape, rank, features = calibration.shape, calibration.rank, calibration.random_features
-    units = shape.heads * (shape.layers - 1) * heads + shape.ffn * shape.layers * neurons
-    first = (features + rank) * calibration.width + rank * features
-    return len(calibration.taps) * first + rank * units
+    unused = tuple(kind for kind, read in (("heads", heads), ("neurons", neurons)) if not read)
+    return sum(
+        weight.numel()
+        for name, weight in calibration.weights.items()
+        if weight.dim() > 1 and not name.partition(".")[2].startswith(unused)
+    )
 
 
 def elements_read(calibration: Calibration, policy: Policy) -> float:

@@ -176,11 +176,21 @@ def calibrate(
     rank: Annotated[
         int | None, typer.Option(help="Width of a predictor (default: as its kind needs).")
     ] = None,
+    how: Annotated[
+        str,
+        typer.Option("--fit", help="ridge: in closed form | paper: its two layers, trained."),
+    ] = "ridge",
+    refresh: Annotated[
+        str, typer.Option(help="Masks will be made each: token | prompt | n (tokens).")
+    ] = "token",
     data: Data = "pydoc",
     examples: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
     device: Annotated[str, typer.Option(help="auto | cpu")] = "auto",
     output: Output = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Do not go on with an interrupted calibration.")
+    ] = False,
     seed: int = 0,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -195,14 +205,23 @@ def calibrate(
         from shadowc.directory import check_target
         from shadowc.models import load_model, slug
 
-        options = FitOptions((criterion,), predictor, feature, rank=rank, seed=seed, every=taps)
-        kind = [f"taps{taps}"] if taps else [predictor] * (predictor != "shadow")
+        options = FitOptions(
+            (criterion,), predictor, feature, rank=rank, seed=seed, every=taps, fit=how,
+            refresh=_refresh(refresh),
+        )  # fmt: skip
+        kind = config.predictor_name(predictor, taps, how, options.refresh)
         target = output or CALIBRATIONS / "-".join([slug(model), criterion, *kind])
         check_target(target, marker=JSON_FILE, error=CalibrationError)
         loaded = load_model(model)
         windows = calibration_examples(loaded, data, examples, seq_len, seed)
-    (calibration,) = fit(loaded, windows, options, data=data, progress=True)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    if unfinished.exists() and not fresh:
+        err.print("going on with the calibration that was interrupted here")
+    (calibration,) = fit(
+        loaded, windows, options, data=data, progress=True, checkpoint=unfinished, fresh=fresh
+    )
     save_calibration(calibration, target)
+    unfinished.unlink(missing_ok=True)
     return {
         "output": str(target),
         "examples": calibration.examples,
@@ -246,7 +265,10 @@ def compile_(
         typer.Option(help="Instead of --sparsity: as many bytes as cost at most this, e.g. 2%."),
     ] = None,
     scope: Annotated[str, typer.Option(help=" | ".join(config.SCOPES))] = "global",
-    refresh: Annotated[str, typer.Option(help="New masks each: token | prompt | n")] = "token",
+    refresh: Annotated[
+        str | None,
+        typer.Option(help="New masks each: token | prompt | n (default: as calibrated)."),
+    ] = None,
     selection: Annotated[
         str | None,
         typer.Option(help=" | ".join(config.SELECTIONS) + " (default: topk with one predictor)."),
@@ -325,6 +347,8 @@ def compile_(
         if chosen is not None:
             usual = default_selection(len(chosen.taps))
             policy = replace(policy, selection=selection or usual)
+            if refresh is None:
+                policy = replace(policy, refresh=chosen.refresh)
         name = model or (chosen.model["name"] if chosen else "")
         loaded = load_model(name) if most is not None else None
         if chosen is not None and loaded is not None and most is not None:
@@ -375,7 +399,7 @@ def _policy(
     neurons: float | None,
     budget: str,
     scope: str,
-    refresh: str,
+    refresh: str | None,
 ) -> Policy:
     _choice("budget", budget, config.BUDGETS)
     if heads is not None or neurons is not None:
@@ -386,14 +410,20 @@ def _policy(
             )
     else:
         heads = neurons = 0.5 if sparsity is None else sparsity
-    every = REFRESH.get(refresh, -1)
-    if every < 0 and refresh.isascii() and refresh.isdigit():
-        every = int(refresh) or -1
+    every = 1 if refresh is None else _refresh(refresh)
+    return config.Policy(heads or 0.0, neurons or 0.0, scope=scope, refresh=every)
+
+
+def _refresh(text: str) -> int:
+    """As in `Policy`."""
+    every = REFRESH.get(text, -1)
+    if every < 0 and text.isascii() and text.isdigit():
+        every = int(text) or -1
     if every < 0:
         raise OptionError(
-            f"refresh {refresh!r} is unknown", expected="token, prompt or a number of tokens"
+            f"refresh {text!r} is unknown", expected="token, prompt or a number of tokens"
         )
-    return config.Policy(heads or 0.0, neurons or 0.0, scope=scope, refresh=every)
+    return every
 
 
 def _percentage(text: str | None) -> float | None:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from shadowc import artifact as artifacts
 from shadowc import targets
-from shadowc.calibration.predictor import ShadowPredictor
+from shadowc.calibration.predictor import Predictor
 from shadowc.calibration.store import Calibration
 from shadowc.config import Policy, Tap
 from shadowc.errors import CalibrationError, OptionError
@@ -184,8 +184,14 @@ def build_programs(
                 "skipping units needs a calibration",
                 fix="run: shadowc calibrate MODEL; or compile with --sparsity 0",
             )
+        if calibration.predictor == "fullseq":
+            raise CalibrationError(
+                "a predictor of the whole sequence is measured, not compiled",
+                expected="a calibration with --predictor shadow, layerwise or static",
+                got="fullseq",
+            )
         chosen = selections(calibration, policy)
-        predictors: list[ShadowPredictor | StaticScores] = [*calibration.build_predictors()]
+        predictors: list[Predictor | StaticScores] = [*calibration.build_predictors()]
         if not predictors:
             static = StaticScores(calibration.mean_head_scores, calibration.mean_neuron_scores)
             keep = static_keep(static, chosen[0])

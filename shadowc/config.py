@@ -15,7 +15,8 @@ from shadowc.errors import OptionError
 
 SCOPES = ("global", "local")
 FEATURES = ("residual", "normed", "entry", "context")
-PREDICTORS = ("shadow", "layerwise", "static")
+PREDICTORS = ("shadow", "layerwise", "fullseq", "static")
+FITS = ("ridge", "paper")
 SELECTIONS = ("topk", "threshold")
 BUDGETS = ("units", "bytes")
 
@@ -110,6 +111,21 @@ def taps_of(layers: int, taps: Sequence[int]) -> tuple[Tap, ...]:
         Tap(t, range(t + 1, min(end + 1, layers)), range(t, end))
         for t, end in zip(taps, ends, strict=True)
     )
+
+
+def predictor_name(predictor: str, every: int | None, fit: str, refresh: int) -> list[str]:
+    """What tells a kind of predictor from one tap of `shadow`, as parts of a name.
+
+    Args:
+        predictor: One of `PREDICTORS`.
+        every: Layers from tap to tap, for several taps of `shadow`.
+        fit: One of `FITS`.
+        refresh: Tokens that a mask serves.
+    """
+    several = [f"taps{every}"] if every else []
+    found = several if predictor == "shadow" else [predictor]
+    found += [fit] * (fit != "ridge")
+    return found + ([f"refresh{refresh}" if refresh else "prompt"] if refresh != 1 else [])
 
 
 @dataclass(frozen=True)

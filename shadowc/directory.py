@@ -7,8 +7,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from shadowc.errors import ShadowcError
 
@@ -98,6 +99,35 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_fingerprint(
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    path: Path,
+    *,
+    error: type[ShadowcError] = ShadowcError,
+) -> None:
+    """Raise unless what an unfinished work depends on is what this work depends on.
+
+    Args:
+        found: By name, as it was when the work began.
+        wanted: By name, as it is now.
+        path: Where the work's state is.
+        error: What to raise.
+    """
+    others = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    if others:
+
+        def named(values: Mapping[str, Any]) -> str:
+            return "; ".join(f"{key} {values.get(key)}" for key in others)
+
+        raise error(
+            f"{path} was made with another {', '.join(others)}",
+            expected=named(wanted),
+            got=named(found),
+            fix="--fresh to start over, or another --output",
+        )
 
 
 def sha256(path: Path) -> str:

@@ -17,7 +17,11 @@ import pytest
 from transformers import OPTConfig, OPTForCausalLM
 
 from shadowc import cli
-from shadowc.errors import ShadowcError
+from shadowc.artifact import open_artifact
+from shadowc.calibration import checkpoint
+from shadowc.calibration.collect import Collector
+from shadowc.calibration.store import load_calibration
+from shadowc.errors import CalibrationError, ShadowcError
 from shadowc.models import load_model
 
 MODEL = "opt-books-15m"
@@ -579,3 +583,39 @@ def test_an_interrupted_sweep_says_how_to_go_on(calibration, tmp_path):
     assert process.returncode == 130, error
     assert f"to go on: shadowc eval {calibration}" in error and "--fresh" not in error
     assert not (output / "report.json").exists() and state.exists()
+
+
+def test_masks_are_refreshed_as_calibrated_unless_said_otherwise(invoke, small_model):
+    options = ("--examples", 6, "--seq-len", 16, "--refresh", "prompt", "--fit", "ridge")
+    code, out, err = invoke("calibrate", small_model, *options, "--json")
+    assert code == 0, err
+    made = Path(json.loads(out)["output"])
+    assert made.name.endswith("-plainact-prompt")
+    assert load_calibration(made).refresh == 0
+    for asked, expected in (((), 0), (("--refresh", "4"), 4)):
+        code, out, err = invoke(
+            "compile", made, "--dtype", "fp32", "--sparsity", 0.25, *asked, "--json"
+        )
+        assert code == 0, err
+        assert open_artifact(json.loads(out)["output"]).manifest["policy"]["refresh"] == expected
+
+
+def test_a_calibration_goes_on_only_as_it_began(invoke, small_model, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", 1)
+    options = ("calibrate", small_model, "--examples", 24, "--seq-len", 64, "--output", "c")
+    run = Collector.run
+
+    def interrupted(collector, group):
+        if Path(".c.unfinished").exists():
+            raise CalibrationError("stopped")
+        return run(collector, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Collector, "run", interrupted)
+        code, _, err = invoke(*options)
+        assert code == 2 and "stopped" in err and Path(".c.unfinished").exists()
+    code, _, err = invoke(*options, "--seed", 1)
+    assert code == 2 and "another" in err and "seed" in err and "--fresh" in err
+    code, _, err = invoke(*options)
+    assert code == 0 and "going on with the calibration" in err, err
+    assert Path("c").exists() and not Path(".c.unfinished").exists()

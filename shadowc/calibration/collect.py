@@ -87,6 +87,36 @@ class Batch:
                     first=self.first[layer] if self.first and kind == "neurons" else (),
                 )
 
+    def sites(self) -> Iterator[tuple[Site, Tensor, Tensor]]:
+        """Each layer's heads, then each layer's neurons, with a and g."""
+        for kind, values in (("heads", self.heads), ("neurons", self.neurons)):
+            for layer, (a, g) in enumerate(values):
+                yield (kind, layer), a, g
+
+    def ahead(self, values: Tensor, refresh: int) -> Tensor:
+        """Means over the tokens that a mask made at a position would serve.
+
+        Args:
+            values: fp32 [B, T, U].
+            refresh: As in `Policy`: positions t to t + refresh - 1, or, if 0, t to the end; of
+                these, those that count.
+
+        Returns:
+            fp32 [B, T, U].
+        """
+        if refresh == 1:
+            return values
+        tokens = values.shape[1]
+        last = torch.arange(tokens, device=values.device) + (refresh or tokens) - 1
+        last = last.clamp(max=tokens - 1)
+        one = self.counts[..., None].double()
+
+        def spanned(own: Tensor) -> Tensor:
+            sums = own.cumsum(dim=1)
+            return sums[:, last] - sums + own
+
+        return (spanned(values * one) / spanned(one).clamp(min=1)).float()
+
 
 class _Seen(NamedTuple):
     """What hooks recorded, by module."""
@@ -107,6 +137,7 @@ class Collector:
             `context` (the attention's context before its projection).
         taps: The layers that it is read in.
         needs: What criteria need besides a and g: `curvature`, `first`.
+        pooled: Give the mean of the feature over all tokens so far instead of the token's own.
     """
 
     def __init__(
@@ -116,6 +147,8 @@ class Collector:
         feature: str,
         taps: Sequence[int] = (0,),
         needs: Collection[str] = (),
+        *,
+        pooled: bool = False,
     ) -> None:
         """Find the modules to read.
 
@@ -131,7 +164,7 @@ class Collector:
                 expected="a model in float32",
                 got=model.dtype,
             )
-        self.model, self.shape, self.needs = model, shape, needs
+        self.model, self.shape, self.needs, self.pooled = model, shape, needs, pooled
         try:
             attention, mlp, norm, first, query = _SITES[shape.architecture]
             layers = list(model.get_decoder().layers)
@@ -159,7 +192,7 @@ class Collector:
         seen: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.append(args[0].reshape(*ids.shape, -1).float())
+            seen.append(self._feature(args[0], ids))
             if len(seen) == len(self.taps):
                 raise _Reached
 
@@ -228,9 +261,7 @@ class Collector:
         places = [(kind, layer) for kind in ("heads", "neurons") for layer in layers]
         first = iter(gradients[len(sites) :])
         return Batch(
-            features=[
-                seen.inputs[tap].detach().float().reshape(*ids.shape, -1) for tap in self.taps
-            ],
+            features=[self._feature(seen.inputs[tap].detach(), ids) for tap in self.taps],
             counts=counts,
             following=nn.functional.pad(ids[:, 1:], (0, 1)),
             heads=[values(i, self.shape.heads) for i in layers],
@@ -247,6 +278,14 @@ class Collector:
                 if modules
             ],
         )
+
+    def _feature(self, x: Tensor, ids: Tensor) -> Tensor:
+        """What a predictor reads, fp32 [B, T, C]."""
+        feature = x.float().reshape(*ids.shape, -1)
+        if not self.pooled:
+            return feature
+        so_far = torch.arange(1, ids.shape[1] + 1, device=x.device)
+        return feature.cumsum(dim=1) / so_far[:, None]
 
     @contextmanager
     def _reading(self) -> Iterator[_Seen]:

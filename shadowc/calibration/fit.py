@@ -1,72 +1,49 @@
-"""The calibration itself: collect, score, fit in closed form, measure on held-out examples.
+"""The calibration itself: collect, score, fit, measure on held-out examples.
 
-One pass of forward and backward over the training examples serves every criterion. What is kept of
-it are sums, never scores (P features, U units, of a criterion's score S):
-
-    phi^T phi   [P, P]        phi^T sqrt(S)   [P, U]        sum phi, sum S, sum sqrt(S)
-
-Every tap has its own phi; a unit's sums are taken with that of the tap that scores it, so several
-taps need no more memory than one.
-
-The `static` score of a unit is its mean S. A predictor regresses sqrt(S): importance per
-token is heavy-tailed, and the square root, which leaves any token's ranking as it is, keeps a few
-large values from deciding the fit (opt-books-15m, plainact, 50% of both units, global scope:
-perplexity 43.9 instead of 45.4 on held-out text of the same kind, 55 and 172 on other text). Of a
-negative score it is -sqrt(-S). A criterion may have another sum than that of its token scores for
-`static`, of its own shape (`Criterion.total`).
-Layers are brought part of the way to one scale before they are ranked together
-(`Criterion.balance`): without it sens starves the late layers, whose gradients are small
-(smollm2-135m at 50%: 72 with it, 80 without); all the way, it feeds layers that matter little
-(opt-books-15m, plainact: 79 instead of 43).
-
-    ridge:   W = (G + lambda I)^-1 X,  G, X centred,  lambda = ridge * P / tokens * mean diag G
-    rank R:  the encoder spans the R directions of phi that carry most of phi W in the norm of
-             G + lambda I (eigenvectors of a P x P matrix), so the output layer is encoder^T X
-
-Source: ridge regression, Hoerl and Kennard 1970; reduced-rank regression, Izenman 1975.
-
-Memory beside the model and one batch: 4 P U bytes a criterion for phi^T sqrt(S), with
-P = C + M and U = H (L-1) + F L: 43 MB for opt-books-15m, 2.0 GB for OPT-1.3B.
+One pass of forward and backward over the training examples serves every criterion: they only add to
+sums (`ridge.py`), or keep some tokens' scores (`trained.py`). After every few batches the sums can
+be written, so that an interrupted pass goes on where it was (`checkpoint.py`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
 
-from shadowc.calibration.collect import Batch, Collector
-from shadowc.calibration.criteria import Criterion, Moments, Site, find_criterion
-from shadowc.calibration.damage import Damage
+from shadowc.calibration.checkpoint import Checkpoint
+from shadowc.calibration.collect import Collector
+from shadowc.calibration.criteria import Criterion, find_criterion
 from shadowc.calibration.data import Example
-from shadowc.calibration.predictor import ShadowPredictor
-from shadowc.calibration.quantiles import QUANTILES, Histogram
+from shadowc.calibration.measure import Fit
+from shadowc.calibration.predictor import Predictor
+from shadowc.calibration.ridge import FeatureMap, FeatureSums, ScoreSums, Tables, regress
 from shadowc.calibration.store import Calibration
-from shadowc.config import FEATURES, PREDICTORS, ModelShape, taps_of
+from shadowc.calibration.trained import Samples, train
+from shadowc.config import FEATURES, FITS, PREDICTORS
 from shadowc.errors import DataError, OptionError
 from shadowc.models import LoadedModel
 from shadowc.versions import versions
 
+#: Called with each batch's examples and loss; no loss if it was done before.
+Advance = Callable[[Sequence[Example], float | None], None]
+
 #: Rank and random features of each kind of predictor. A layer's own input needs less of both: with
 #: 75% of opt-books-15m's neurons skipped by sens, perplexity is 27.1 for 2.1 MB a token at (64, 0),
 #: 26.6 for 8.7 MB at (128, 512), and 30.0 for the 3.8 MB of one tap.
-SIZES = {"shadow": (128, 512), "layerwise": (64, 0), "static": (128, 512)}
+SIZES = {"shadow": (128, 512), "layerwise": (64, 0), "fullseq": (128, 512), "static": (128, 512)}
 EXAMPLES = 32
 SEQ_LEN = 256
-SPARSITIES = (30, 50, 70)
 _HELD_OUT_EVERY = 8
-_TOGETHER = 64  # tokens predicted at once: the scores of one may be megabytes
 _MEASURED_TOKENS = 128  # rank correlation over all units costs milliseconds a token
-
-_Key = TypeVar("_Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -75,7 +52,8 @@ class FitOptions:
 
     Attributes:
         criteria: Names of the criteria; all are fitted from one pass.
-        predictor: `shadow`, `layerwise` (a tap at every layer) or `static`.
+        predictor: `shadow`, `layerwise` (a tap at every layer), `fullseq` (as `shadow`, but it
+            reads the mean of the feature over all tokens so far) or `static`.
         feature: `residual`, `normed`, `entry` or `context`; None: `entry` for `layerwise`, which
             costs a GPU the least time, and `residual` for `shadow`, which knows no more of a token.
         rank: R of the predictor, what a token pays for; None: as `SIZES` says.
@@ -84,6 +62,8 @@ class FitOptions:
         batch_tokens: Tokens of a forward and backward, about.
         seed: Of the random features and of criteria that draw.
         every: A tap of `shadow` at every so-manieth layer; None: at layer 0 alone.
+        refresh: Tokens that a mask will serve, as in `Policy`: a predictor learns their mean score.
+        fit: `ridge` (the closed form) or `paper` (the paper's recipe: two layers, trained).
     """
 
     criteria: tuple[str, ...] = ("plainact",)
@@ -95,12 +75,15 @@ class FitOptions:
     batch_tokens: int = 1024
     seed: int = 0
     every: int | None = None
+    refresh: int = 1
+    fit: str = "ridge"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be fitted."""
         for name, value, known in (
             ("predictor", self.predictor, PREDICTORS),
             ("feature", self.reads, FEATURES),
+            ("fit", self.fit, FITS),
         ):
             if value not in known:
                 raise OptionError(f"unknown {name} {value!r}", expected=", ".join(known))
@@ -110,6 +93,18 @@ class FitOptions:
                 expected="--taps with --predictor shadow",
                 got=f"--predictor {self.predictor}",
             )
+        if self.fit == "paper" and (self.every or self.predictor not in ("shadow", "fullseq")):
+            raise OptionError(
+                "the paper's recipe is one predictor after layer 0",
+                expected="--fit paper with --predictor shadow and no --taps",
+                got=f"--predictor {self.predictor}",
+            )
+        if self.fit == "paper" and self.rank is not None:
+            raise OptionError(
+                "the paper's recipe has sizes of its own", expected="--fit paper without --rank"
+            )
+        if self.refresh < 0:
+            raise OptionError("refresh is out of range", expected="at least 0", got=self.refresh)
         for name in ("rank", "batch_tokens", "every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -158,6 +153,8 @@ def calibrate(
     *,
     data: str = "pydoc",
     progress: bool = False,
+    checkpoint: Path | None = None,
+    fresh: bool = False,
 ) -> list[Calibration]:
     """Calibrate a model with one or more criteria.
 
@@ -169,6 +166,9 @@ def calibrate(
         options: What to fit.
         data: Name of the data, to be recorded.
         progress: Show a progress bar on stderr.
+        checkpoint: File that keeps the state of the pass, so that the same call goes on after an
+            interrupt, with the very same result; the caller removes it once that is stored.
+        fresh: Start over, whatever `checkpoint` holds.
 
     Returns:
         One calibration for each of `options.criteria`, in that order. Their metrics, over units in
@@ -182,25 +182,21 @@ def calibrate(
 
     Raises:
         DataError: If there are fewer than two examples, or nothing in them can be scored.
+        CalibrationError: If `checkpoint` belongs to another calibration, or cannot be written.
     """
     start = time.monotonic()
     training, held_out = _split(examples)
     criteria = [find_criterion(name, predictor=options.predictor) for name in options.criteria]
     taps = options.taps(loaded.shape.layers)
     needs = {need for criterion in criteria for need in criterion.needs}
-    collector = Collector(loaded.model, loaded.shape, options.reads, taps, needs)
+    pooled = options.predictor == "fullseq"
+    collector = Collector(loaded.model, loaded.shape, options.reads, taps, needs, pooled=pooled)
+    saved = None
+    if checkpoint is not None:
+        saved = Checkpoint(checkpoint, _about(loaded, examples, options, data), fresh=fresh)
     total = sum(len(example.ids) for example in examples)
     with _progress(total, progress) as advance:
-        maps = _feature_maps(collector, training, options)
-        features = FeatureSums(loaded.shape, taps, maps)
-        scores = [ScoreSums(criterion, options.seed) for criterion in criteria]
-        for group in _batches(training, options.batch_tokens):
-            batch = collector.run(group)
-            phi = features.add(batch)
-            for sums in scores:
-                sums.add(batch, phi, features.tap_of)
-            advance(group, batch.loss)
-        fits = [sums.fit(features, options) for sums in scores]
+        features, fits = _pass(collector, training, options, criteria, saved, advance)
         every = max(1, sum(len(example.ids) for example in held_out) // _MEASURED_TOKENS)
         for group in _batches(held_out, options.batch_tokens):
             batch = collector.run(group)
@@ -208,6 +204,7 @@ def calibrate(
                 fit.measure(batch, every)
             advance(group, batch.loss)
     seconds = time.monotonic() - start
+    closed = bool(taps) and options.fit == "ridge"
     return [
         Calibration(
             model=asdict(loaded.source),
@@ -216,8 +213,10 @@ def calibrate(
             predictor=options.predictor,
             feature=options.reads,
             taps=taps,
-            rank=len(fit.predictors[0].mixer_weight) if taps else 0,
-            random_features=fit.predictors[0].mixer_weight.shape[1] if taps else 0,
+            fit=options.fit,
+            refresh=options.refresh,
+            rank=len(fit.predictors[0].get_buffer("mixer_weight")) if closed else 0,
+            random_features=fit.predictors[0].get_buffer("mixer_weight").shape[1] if closed else 0,
             data=data,
             examples=len(examples),
             tokens=features.tokens,
@@ -242,288 +241,60 @@ def calibrate(
     ]
 
 
-@dataclass(frozen=True)
-class FeatureMap:
-    """Feature -> phi: z = (x - mean) * scale, and relu(weight z + bias) beside it.
-
-    Attributes:
-        mean: fp32 [C].
-        scale: fp32 [C].
-        weight: fp32 [M, C], random.
-        bias: fp32 [M], random.
-    """
-
-    mean: Tensor
-    scale: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    def expand(self, feature: Tensor) -> Tensor:
-        """Phi, what the ridge regression sees: fp32 [..., C] -> [..., C + M]."""
-        z = (feature - self.mean) * self.scale
-        random = torch.relu(nn.functional.linear(z, self.weight, self.bias))
-        return torch.cat((z, random), dim=-1)
-
-    def fold(self, predictor: ShadowPredictor, encoder: Tensor, bias: Tensor) -> None:
-        """Write code = encoder phi + bias into a predictor, which reads x itself."""
-        width = len(self.mean)
-        weight = torch.cat((self.weight.double(), encoder[:, :width])) * self.scale
-        predictor.first_weight = weight.float()
-        predictor.first_bias = (torch.cat((self.bias, bias)) - weight @ self.mean.double()).float()
-        predictor.mixer_weight = encoder[:, width:].float()
-
-
-class FeatureSums:
-    """Sums that every criterion shares.
-
-    Args:
-        shape: The model's shape.
-        taps: Layers whose predictors are fitted; none for `static`.
-        maps: For each tap what gives its phi.
-    """
-
-    def __init__(self, shape: ModelShape, taps: Sequence[int], maps: Sequence[FeatureMap]) -> None:
-        """Start from nothing."""
-        self.shape, self.maps = shape, maps
-        self.taps = taps_of(shape.layers, taps) if taps else ()
-        self.tokens = 0
-        self.gram: dict[tuple[str, int], Tensor] = {}
-        self.gradient_square: dict[Site, Tensor] = {}
-        self.zeros: dict[int, Tensor] = {}
-        #: Which tap scores the units of a site; nobody scores layer 0's heads, which always run.
-        self.tap_of = {
-            (kind, layer): index
-            for index, tap in enumerate(self.taps)
-            for kind, layers in (("heads", tap.heads), ("neurons", tap.neurons))
-            for layer in layers
-        }
-
-    def add(self, batch: Batch) -> list[Tensor]:
-        """Add a batch; returns each tap's phi, fp32 [B, T, P], zero where nothing counts."""
-        self.tokens += int(batch.counts.sum())
-        for site, a, g in _sites(batch):
-            _add(self.gradient_square, site, _sum(batch, g.square().sum(dim=-1)))
-            if site[0] == "neurons":
-                _add(self.zeros, site[1], _sum(batch, (a == 0).float().squeeze(-1)))
-        found = []
-        for tap, (feature_map, feature) in enumerate(zip(self.maps, batch.features, strict=True)):
-            phi = feature_map.expand(feature) * batch.counts[..., None]
-            _add(self.gram, ("square", tap), torch.einsum("btp,btq->pq", phi, phi).double())
-            _add(self.gram, ("sum", tap), _sum(batch, phi))
-            found.append(phi)
-        return found
-
-    def zero_rate(self) -> Tensor:
-        """Share of tokens whose activation is exactly zero, fp32 [L, F]."""
-        zeros = torch.stack([self.zeros[layer] for layer in sorted(self.zeros)])
-        return (zeros / self.tokens).float().cpu()
-
-
-class ScoreSums:
-    """Sums of one criterion's scores; the scores themselves are never stored."""
-
-    def __init__(self, criterion: Criterion, seed: int) -> None:
-        """Start from nothing."""
-        self.criterion = criterion
-        self.generator = torch.Generator().manual_seed(seed)
-        self.totals: dict[Site, Tensor] = {}
-        self.roots: dict[Site, Tensor] = {}
-        self.products: dict[Site, Tensor] = {}
-
-    def add(self, batch: Batch, phi: Sequence[Tensor], tap_of: Mapping[Site, int]) -> None:
-        """Add a batch whose features are `phi`, a tap each."""
-        criterion = self.criterion
-        for units in batch.units(self.generator):
-            site = units.site
-            scores = criterion.score(units) if criterion.score else None
-            if criterion.total:
-                _add(self.totals, site, criterion.total(units))
-            elif scores is not None:
-                _add(self.totals, site, _sum(batch, scores))
-            if scores is not None and site in tap_of:
-                roots = scores.abs().sqrt_().copysign_(scores)  # of grasp's sign
-                _add(self.roots, site, _sum(batch, roots))
-                product = torch.einsum("btp,btu->pu", phi[tap_of[site]], roots)
-                _add(self.products, site, product)
-
-    def fit(self, features: FeatureSums, options: FitOptions) -> Fit:
-        """Mean scores and each tap's predictor."""
-        factors, means = {}, {}
-        for site, total in self.totals.items():
-            moments = Moments((features.gradient_square[site] / features.tokens).float())
-            known = self.criterion.factor(moments) if self.criterion.factor else 1.0
-            finish = self.criterion.finish
-            mean = (finish(total) if finish else total / features.tokens).float() * known
-            scale = mean.abs().mean().clamp(min=1e-30) ** -self.criterion.balance
-            factors[site], means[site] = torch.ones_like(mean) * known * scale, mean * scale
-        predictors = [
-            self._regress(index, features, options, factors) for index in range(len(features.taps))
-        ]
-        return Fit(self.criterion, factors, means, predictors, self.generator)
-
-    def _regress(
-        self, index: int, features: FeatureSums, options: FitOptions, factors: dict[Site, Tensor]
-    ) -> ShadowPredictor:
-        """A tap's reduced-rank ridge regression of sqrt(S) on phi."""
-        n, mean = features.tokens, features.gram["sum", index] / features.tokens
-        gram = features.gram["square", index] / n - mean[:, None] * mean
-        size = len(gram)
-        gram.diagonal().add_(options.ridge * size / n * gram.diagonal().mean())
-        energy = torch.zeros_like(gram)
-        biases: dict[Site, Tensor] = {}
-        sites = [site for site in self.products if features.tap_of[site] == index]
-        for site in sites:  # in place: they are what fills the memory
-            product, root = self.products[site], factors[site].sqrt()
-            biases[site] = (self.roots[site] / n).float() * root
-            product.div_(n).mul_(root).addr_(mean.float(), biases[site], alpha=-1.0)
-            energy += (product @ product.T).double()
-        identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
-        inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), identity, upper=False)
-        directions = torch.linalg.eigh(inverse @ energy @ inverse.T).eigenvectors
-        encoder = directions[:, -min(options.size[0], size) :].T @ inverse  # [R, P]
-
-        known, tap = features.maps[index], features.taps[index]
-        rank, (random, width) = len(encoder), known.weight.shape
-        predictor = ShadowPredictor(features.shape, rank, random, width, tap).to(mean.device)
-        known.fold(predictor, encoder, -(encoder @ mean))
-        for kind in ("heads", "neurons"):
-            own = [site for site in sites if site[0] == kind]
-            if own:
-                weights = [self.products[site].T @ encoder.T.float() for site in own]
-                setattr(predictor, f"{kind}_weight", torch.cat(weights))
-                setattr(predictor, f"{kind}_bias", torch.cat([biases[site] for site in own]))
-        return predictor.eval()
-
-
-class Fit:
-    """What was fitted for one criterion, and how it does on held-out tokens."""
-
-    def __init__(
-        self,
-        criterion: Criterion,
-        factors: dict[Site, Tensor],
-        means: dict[Site, Tensor],
-        predictors: Sequence[ShadowPredictor],
-        generator: torch.Generator,
-    ) -> None:
-        """Take the results of `ScoreSums.fit`."""
-        self.criterion, self.predictors = criterion, predictors
-        self._factors, self._means, self._generator = factors, means, generator
-        self._measured: dict[str, list[Tensor]] = {}  # [N, 1 + layers]: of all units, of each
-        self._predicted: dict[Site, Histogram] = defaultdict(Histogram)
-        self._damage: dict[Site, Damage] = defaultdict(Damage)
-
-    def mean(self, kind: str) -> Tensor:
-        """Mean scores of all layers, fp32 [L, H] or [L, F]."""
-        layers = sorted(layer for name, layer in self._means if name == kind)
-        return torch.stack([self._means[kind, layer] for layer in layers]).cpu()
-
-    def quantiles(self, kind: str) -> Tensor:
-        """Quantiles of the predicted scores of all layers, fp32 [L, Q]; 0 where nobody predicts."""
-        layers = sorted(layer for name, layer in self._means if name == kind)
-        nothing = torch.zeros(QUANTILES)
-        found = {layer: one.quantiles() for (k, layer), one in self._predicted.items() if k == kind}
-        return torch.stack([found.get(layer, nothing) for layer in layers])
-
-    def damage(self, kind: str) -> Tensor:
-        """What skipping costs, of all layers, fp32 [L, 33]; 0 for layer 0's heads, which run."""
-        layers = sorted(layer for name, layer in self._means if name == kind)
-        return torch.stack([self._damage[kind, layer].table() for layer in layers])
-
-    def predict(self, features: Sequence[Tensor]) -> dict[Site, Tensor]:
-        """Scores of all sites but layer 0's heads: features fp32 [N, C] -> [N, U]."""
-        found: dict[Site, Tensor] = {}
-        for predictor, feature in zip(self.predictors, features, strict=True):
-            tap = predictor.tap
-            both = zip(("heads", "neurons"), (tap.heads, tap.neurons), predictor(feature[None]),
-                       strict=True)  # fmt: skip
-            for kind, layers, scores in both:
-                found |= {(kind, layer): scores[0, :, i] for i, layer in enumerate(layers)}
-        return found
-
-    def measure(self, batch: Batch, every: int) -> None:
-        """Compare predicted and true scores at every so-manieth position that counts."""
-        self._measure_all(batch)
-        score = self.criterion.score
-        if score is None:  # no token has a true score
-            return
-        counted = batch.counts.flatten().nonzero()[::every]
-        if not len(counted):
-            return
-        rows = torch.zeros_like(batch.counts)
-        rows.view(-1)[counted] = True
-        true: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
-        for units in batch.units(self._generator):
-            scores = score(units)[rows]
-            if units.site != ("heads", 0):
-                true[units.kind].append(scores * self._factors[units.site])
-        known = {site: mean.expand(len(counted), -1) for site, mean in self._means.items()}
-        known |= self.predict([feature[rows] for feature in batch.features])
-        for kind in ("heads", "neurons"):
-            sites = sorted(site for site in known if site[0] == kind and site != ("heads", 0))
-            layers = [
-                (known[site].cpu(), one.cpu()) for site, one in zip(sites, true[kind], strict=True)
+def _pass(
+    collector: Collector,
+    training: Sequence[Example],
+    options: FitOptions,
+    criteria: Sequence[Criterion],
+    saved: Checkpoint | None,
+    advance: Advance,
+) -> tuple[FeatureSums, list[Fit]]:
+    """The pass over the training examples and the fits that it ends in."""
+    shape, device = collector.shape, collector.model.device
+    seed, refresh, closed = options.seed, options.refresh, options.fit == "ridge"
+    done = saved.done if saved else 0
+    maps = [] if done or not closed else _feature_maps(collector, training, options)
+    features = FeatureSums(shape, options.taps(shape.layers) if closed else (), maps)
+    scores = [ScoreSums(criterion, seed, refresh) for criterion in criteria]
+    tokens = sum(len(example.ids) for example in training)
+    samples = [Samples(one, tokens, seed, refresh) for one in criteria if not closed]
+    parts: dict[str, Tables] = {"features": features}
+    parts |= {f"scores {part.criterion.name}": part for part in scores}
+    parts |= {f"samples {part.criterion.name}": part for part in samples}
+    if saved and done:
+        for name, part in parts.items():
+            start = f"{name}/"
+            own = {
+                k.removeprefix(start): v for k, v in saved.tensors.items() if k.startswith(start)
+            }
+            part.load_state(own, torch.device("cpu") if isinstance(part, Samples) else device)
+        saved.tensors.clear()
+    for number, group in enumerate(_batches(training, options.batch_tokens), start=1):
+        if number <= done:
+            advance(group, None)
+            continue
+        batch = collector.run(group)
+        phi = features.add(batch)
+        for one in scores:
+            one.add(batch, phi, features.tap_of)
+        for kept in samples:
+            kept.add(batch)
+        advance(group, batch.loss)
+        if saved and saved.due(number):
+            tensors = {f"{n}/{k}": v for n, part in parts.items() for k, v in part.state().items()}
+            saved.save(number, tensors)
+    fits = []
+    for index, one in enumerate(scores):
+        factors, means = one.ranking_units(features)
+        if closed:
+            predictors: list[Predictor] = [
+                regress(features, one, factors, tap, rank=options.size[0], ridge=options.ridge)
+                for tap in range(len(features.taps))
             ]
-            scores, true_scores = (torch.cat(both, dim=1) for both in zip(*layers, strict=True))
-            by_layer = [_agreement(*both) for both in layers]
-            for name, values in _agreement(scores, true_scores).items():
-                prefix, _, suffix = name.partition("_")
-                key = "_".join(filter(None, (prefix, kind, suffix)))
-                columns = torch.stack([values, *(one[name] for one in by_layer)], dim=1)
-                self._measured.setdefault(key, []).append(columns)
-
-    def _measure_all(self, batch: Batch) -> None:
-        """Add every position: thresholds and budgets are made of these."""
-        # g is of each example's mean loss; its sum is what a token does to all that follow.
-        scored = batch.counts.sum(dim=1).float()[:, None, None]
-        effects = {
-            site: ((g * a).sum(dim=-1) * scored)[batch.counts].split(_TOGETHER)
-            for site, a, g in _sites(batch)
-            if site != ("heads", 0)
-        }
-        features = [feature[batch.counts].split(_TOGETHER) for feature in batch.features]
-        for place in range(len(effects["neurons", 0])):
-            predicted = self.predict([parts[place] for parts in features])
-            for site, parts in effects.items():
-                if site in predicted:
-                    self._predicted[site].add(predicted[site])
-                scores = predicted.get(site, self._means[site].expand_as(parts[place]))
-                self._damage[site].add(scores, parts[place])
-
-    def metrics(self) -> dict[str, Any]:
-        """Means over the tokens measured: of all units, and a list of those within each layer."""
-        found: dict[str, Any] = {}
-        for key, rows in self._measured.items():
-            found[key], *by_layer = torch.cat(rows).double().mean(dim=0).tolist()
-            always = [None] * ("heads" in key)  # layer 0's heads always run
-            found[f"{key}_by_layer"] = always + by_layer
-        return found
-
-
-def _agreement(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
-    """Spearman and recalls of each token: {`spearman`, `recall_30`, ...} -> [N]."""
-    x, y = centred_ranks(predicted), centred_ranks(true)
-    scale = (x.square().sum(dim=1) * y.square().sum(dim=1)).sqrt()
-    found = {"spearman": (x * y).sum(dim=1) / scale.clamp(min=1e-12)}
-    units = true.shape[1]
-    for sparsity in SPARSITIES:
-        keep = max(1, round(units * (100 - sparsity) / 100))
-        kept, best = (torch.zeros_like(true, dtype=torch.bool) for _ in range(2))
-        kept.scatter_(1, predicted.topk(keep, dim=1).indices, True)
-        best.scatter_(1, true.topk(keep, dim=1).indices, True)
-        best &= true > 0
-        hits, wanted = (kept & best).sum(dim=1), best.sum(dim=1)
-        found[f"recall_{sparsity}"] = torch.where(wanted > 0, hits / wanted, 1.0)
-    return found
-
-
-def centred_ranks(scores: Tensor) -> Tensor:
-    """Ranks within each row, ties averaged, minus their mean: fp64 [N, U]."""
-    ordered = scores.sort(dim=1).values
-    scores = scores.contiguous()
-    below = torch.searchsorted(ordered, scores)
-    up_to = torch.searchsorted(ordered, scores, right=True)
-    return (below + up_to).double() / 2 - scores.shape[1] / 2
+        else:
+            predictors = [train(samples[index], factors, shape, seed).to(device)]
+        fits.append(Fit(one.criterion, factors, means, predictors, one.generator, refresh))
+    return features, fits
 
 
 def _feature_maps(
@@ -532,44 +303,26 @@ def _feature_maps(
     """Each tap's first stage: feature statistics and seeded random features."""
     if not collector.taps:
         return []
-    sums: dict[tuple[str, int], Tensor] = {}
+    zero = torch.zeros((), dtype=torch.float64)
+    sums, squares = [zero] * len(collector.taps), [zero] * len(collector.taps)
     tokens = 0
     for group in _batches(training, options.batch_tokens):
         features, counts = collector.features(group)
         tokens += int(counts.sum())
         for tap, feature in enumerate(features):
             rows = feature[counts].double()
-            _add(sums, ("rows", tap), rows.sum(dim=0))
-            _add(sums, ("squares", tap), rows.square().sum(dim=0))
+            sums[tap] = sums[tap] + rows.sum(dim=0)
+            squares[tap] = squares[tap] + rows.square().sum(dim=0)
     generator = torch.Generator().manual_seed(options.seed)
     maps, random = [], options.size[1]
     for tap in range(len(collector.taps)):
-        mean = sums["rows", tap] / tokens
-        scale = (sums["squares", tap] / tokens - mean.square()).clamp(min=1e-12).rsqrt()
+        mean = sums[tap] / tokens
+        scale = (squares[tap] / tokens - mean.square()).clamp(min=1e-12).rsqrt()
         weight = torch.randn(random, len(mean), generator=generator) * len(mean) ** -0.5
         bias = torch.randn(random, generator=generator)
         device = mean.device
         maps.append(FeatureMap(mean.float(), scale.float(), weight.to(device), bias.to(device)))
     return maps
-
-
-def _sites(batch: Batch) -> Iterator[tuple[Site, Tensor, Tensor]]:
-    """Each layer's heads, then each layer's neurons, with a and g."""
-    for kind, values in (("heads", batch.heads), ("neurons", batch.neurons)):
-        for layer, (a, g) in enumerate(values):
-            yield (kind, layer), a, g
-
-
-def _sum(batch: Batch, values: Tensor) -> Tensor:
-    """Sum of [B, T, U] over the positions that count, fp64 [U]."""
-    return torch.einsum("bt,btu->u", batch.counts.float(), values).double()
-
-
-def _add(sums: dict[_Key, Tensor], key: _Key, value: Tensor) -> None:
-    if key in sums:
-        sums[key] += value
-    else:
-        sums[key] = value
 
 
 def _split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
@@ -603,7 +356,7 @@ def _batches(examples: Sequence[Example], tokens: int) -> Iterator[Sequence[Exam
 
 
 @contextmanager
-def _progress(tokens: int, visible: bool) -> Iterator[Callable[[Sequence[Example], float], None]]:
+def _progress(tokens: int, visible: bool) -> Iterator[Advance]:
     """A progress bar on stderr; yields what is called with each batch's examples and loss."""
     columns = (
         TextColumn("calibrating"),
@@ -617,10 +370,27 @@ def _progress(tokens: int, visible: bool) -> Iterator[Callable[[Sequence[Example
         task = bar.add_task("calibrating", total=tokens, rate=0.0, loss=float("nan"))
         losses: list[float] = []
 
-        def advance(group: Sequence[Example], loss: float) -> None:
-            losses.append(loss)
+        def advance(group: Sequence[Example], loss: float | None) -> None:
             bar.advance(task, sum(len(example.ids) for example in group))
-            speed = bar.tasks[0].speed or 0.0
-            bar.update(task, rate=speed, loss=sum(losses) / len(losses))
+            if loss is not None:
+                losses.append(loss)
+                speed = bar.tasks[0].speed or 0.0
+                bar.update(task, rate=speed, loss=sum(losses) / len(losses))
 
         yield advance
+
+
+def _about(
+    loaded: LoadedModel, examples: Sequence[Example], options: FitOptions, data: str
+) -> dict[str, object]:
+    """All that the sums of a pass depend on."""
+    text = json.dumps([[one.ids, one.scored] for one in examples])
+    return {
+        "model": loaded.source.name,
+        "weights": loaded.source.fingerprint,
+        "dtype": str(loaded.model.dtype),
+        "data": data,
+        "examples": hashlib.sha256(text.encode()).hexdigest(),
+        **asdict(options),
+        "versions": versions(),
+    }

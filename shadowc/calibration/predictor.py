@@ -1,5 +1,7 @@
 """The predictor at one tap: a small network on the residual stream that scores units.
 
+`ShadowPredictor` is what the closed form fits (`ridge.py`):
+
     hidden = first_weight x + first_bias                           [B, T, M + R]
     code   = hidden[M:] + mixer_weight relu(hidden[:M])            [B, T, R]
     scores = [heads_weight code + heads_bias, neurons_weight code + neurons_bias]
@@ -8,6 +10,10 @@ M random features make the map non-linear; R is the rank of what is linear in th
 token reads is dominated by the output matrices (R x units) and, with a tap at every layer, by the
 first (M + R) x C. The normalisation of x is folded into the first matrix, and codes are centred, so
 the output biases hold the mean scores.
+
+`TwoLayerPredictor` is what the paper's recipe trains (`trained.py`), for each kind of unit:
+
+    scores = weight relu(first x + first_bias) + bias
 
 Source: one early predictor for the whole model: ShadowLLM (arXiv 2406.16635); one a layer: DejaVu
 (arXiv 2310.17157); random ReLU features: Rahimi and Recht, "Weighted sums of random kitchen sinks"
@@ -25,7 +31,7 @@ from shadowc.config import ModelShape, Tap, taps_of
 class ShadowPredictor(nn.Module):
     """Scores of the units of a tap's layers from the feature of the current token.
 
-    The weights are buffers: they come from a closed-form fit (`fit.py`), never from SGD.
+    The weights are buffers: they come from a closed-form fit, never from SGD.
 
     Args:
         shape: Shape of the model whose units are scored.
@@ -91,3 +97,42 @@ class ShadowPredictor(nn.Module):
         else:
             heads = neurons[..., :0]
         return heads.unflatten(-1, layers[0]), neurons.unflatten(-1, layers[1])
+
+
+class TwoLayerPredictor(nn.Module):
+    """A two-layer network for the heads and another for the neurons, as the paper trains them.
+
+    Args:
+        shape: Shape of the model whose units are scored, all of them at one tap.
+        hidden: Hidden units of the heads' network and of the neurons'.
+        width: Of the feature; C by default.
+    """
+
+    def __init__(
+        self, shape: ModelShape, hidden: tuple[int, int], width: int | None = None
+    ) -> None:
+        """Make it with zero weights, to be filled by training or by `load_state_dict`."""
+        super().__init__()
+        (self.tap,) = taps_of(shape.layers, (0,))
+        self.units = shape.heads, shape.ffn
+        counts = len(self.tap.heads) * shape.heads, len(self.tap.neurons) * shape.ffn
+        for kind, size, units in zip(("heads", "neurons"), hidden, counts, strict=True):
+            self.register_buffer(f"{kind}_first", torch.zeros(size, width or shape.hidden))
+            self.register_buffer(f"{kind}_first_bias", torch.zeros(size))
+            self.register_buffer(f"{kind}_weight", torch.zeros(units, size))
+            self.register_buffer(f"{kind}_bias", torch.zeros(units))
+
+    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """As `ShadowPredictor.forward`; the units are those of the paper's targets."""
+        linear, found = nn.functional.linear, []
+        own = dict(self.named_buffers())
+        layers = len(self.tap.heads), len(self.tap.neurons)
+        for kind, shape in zip(("heads", "neurons"), zip(layers, self.units, strict=True),
+                               strict=True):  # fmt: skip
+            hidden = linear(feature, own[f"{kind}_first"], own[f"{kind}_first_bias"]).relu()
+            scores = linear(hidden, own[f"{kind}_weight"], own[f"{kind}_bias"])
+            found.append(scores.unflatten(-1, shape))
+        return found[0], found[1]
+
+
+Predictor = ShadowPredictor | TwoLayerPredictor

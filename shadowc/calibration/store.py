@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from shadowc.calibration.damage import LEVELS
-from shadowc.calibration.predictor import ShadowPredictor
+from shadowc.calibration.predictor import Predictor, ShadowPredictor, TwoLayerPredictor
 from shadowc.calibration.quantiles import QUANTILES
-from shadowc.config import ModelShape, taps_of
+from shadowc.config import ModelShape, predictor_name, taps_of
 from shadowc.directory import atomic_directory, sha256
 from shadowc.errors import CalibrationError, OptionError
 
-SCHEMA = 3
+SCHEMA = 4
 JSON_FILE = "calibration.json"
 TENSOR_FILE = "calibration.safetensors"
 _PREFIX = "predictor."
@@ -44,11 +44,11 @@ class Calibration:
         model: Where the model came from (name, kind, path, revision, fingerprint).
         shape: Its shape.
         criterion: Name of the criterion.
-        predictor: `shadow`, `layerwise` or `static`.
+        predictor: `shadow`, `layerwise`, `fullseq` or `static`.
         feature: `residual`, `normed`, `entry` or `context`, what the predictor reads.
         taps: The layers that it reads it in; none for `static`.
-        rank: R, or 0 for `static`.
-        random_features: M, or 0 for `static`.
+        rank: R; 0 for `static` and for the paper's fit.
+        random_features: M; 0 for `static` and for the paper's fit.
         data: What it was calibrated on.
         examples: Number of examples, held-out ones included.
         tokens: Number of scored positions.
@@ -64,7 +64,9 @@ class Calibration:
         head_damage: fp32 [L, 33], loss that skipping a share of a layer's heads is predicted to
             cost, see `damage.py`.
         neuron_damage: fp32 [L, 33].
-        weights: State of each tap's `ShadowPredictor`, as `LAYER.NAME`; empty for `static`.
+        weights: State of each tap's predictor, as `LAYER.NAME`; empty for `static`.
+        fit: `ridge` or `paper`, how it was fitted.
+        refresh: Tokens that a mask serves, by which it was fitted (as in `Policy`).
     """
 
     model: dict[str, Any]
@@ -90,6 +92,8 @@ class Calibration:
     head_damage: Tensor
     neuron_damage: Tensor
     weights: dict[str, Tensor] = field(default_factory=dict)
+    fit: str = "ridge"
+    refresh: int = 1
 
     @property
     def width(self) -> int:
@@ -100,20 +104,29 @@ class Calibration:
     @property
     def kind(self) -> list[str]:
         """What tells it from a calibration with one predictor, as a part of a name."""
-        several = [f"taps{self.taps[1]}"] if len(self.taps) > 1 else []
-        return several if self.predictor == "shadow" else [self.predictor]
+        every = self.taps[1] if len(self.taps) > 1 else None
+        return predictor_name(self.predictor, every, self.fit, self.refresh)
 
     def static(self) -> Calibration:
         """The same mean scores without a predictor."""
-        return replace(self, predictor="static", taps=(), rank=0, random_features=0, weights={})
+        return replace(
+            self, predictor="static", taps=(), fit="ridge", refresh=1, rank=0, random_features=0,
+            weights={},
+        )  # fmt: skip
 
-    def build_predictors(self) -> list[ShadowPredictor]:
+    def build_predictors(self) -> list[Predictor]:
         """The predictor of each tap, with its weights; none for `static`."""
         if self.predictor == "static":
             return []
-        made = []
+        made: list[Predictor] = []
         for tap in taps_of(self.shape.layers, self.taps):
-            network = ShadowPredictor(self.shape, self.rank, self.random_features, self.width, tap)
+            network: Predictor
+            if self.fit == "paper":
+                hidden = (len(self.weights[f"0.{kind}_first"]) for kind in ("heads", "neurons"))
+                network = TwoLayerPredictor(self.shape, (next(hidden), next(hidden)), self.width)
+            else:
+                sizes = self.rank, self.random_features, self.width
+                network = ShadowPredictor(self.shape, *sizes, tap)
             prefix = f"{tap.layer}."
             own = {
                 k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)

@@ -17,13 +17,13 @@ Format = Callable[[float], str]
 #: One hue for each way to choose units (Okabe and Ito's, apart also for the colour-blind).
 _LIGHT = {
     "shadow": "#0072b2", "layerwise": "#d55e00", "static": "#00835f", "oracle": "#b8518c",
-    "random": "#7a7a7a", "dense": "#333333", "grid": "#dddddd", "heat": "#3a93cf", "paper": "#fff",
-    "ink": "#1a1a1a",
+    "random": "#7a7a7a", "fullseq": "#8a7000", "dense": "#333333", "grid": "#dddddd",
+    "heat": "#3a93cf", "paper": "#fff", "ink": "#1a1a1a",
 }  # fmt: skip
 _DARK = {
     "shadow": "#56b4e9", "layerwise": "#ff8a3d", "static": "#2fc79a", "oracle": "#e79ac3",
-    "random": "#a0a0a0", "dense": "#dddddd", "grid": "#3a3a3a", "heat": "#2a78ad",
-    "paper": "#161616", "ink": "#e8e8e8",
+    "random": "#a0a0a0", "fullseq": "#f0e442", "dense": "#dddddd", "grid": "#3a3a3a",
+    "heat": "#2a78ad", "paper": "#161616", "ink": "#e8e8e8",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
     shadow     the calibration's own predictor, with as many taps as it has
     layerwise  a predictor in every layer (feature `entry`), by thresholds; fitted here from the
                same model, criterion, data and seed unless the calibration is one
+    fullseq    one predictor of the mean of the feature over all tokens so far; fitted likewise
     static, oracle, random, dense      as in `perplexity.py`
 
 All run the masked program in fp32 with a new mask for every token, the first of a window dense.
@@ -32,12 +33,13 @@ from torch import Tensor, fx, nn
 from shadowc.budget import predictor_elements
 from shadowc.calibration.collect import Collector
 from shadowc.calibration.data import Example, calibration_examples, evaluation_windows
-from shadowc.calibration.fit import FitOptions, calibrate, centred_ranks
-from shadowc.calibration.predictor import ShadowPredictor
+from shadowc.calibration.fit import FitOptions, calibrate
+from shadowc.calibration.measure import centred_ranks
+from shadowc.calibration.predictor import Predictor
 from shadowc.calibration.store import JSON_FILE, Calibration, load_calibration, save_calibration
 from shadowc.compiler import check_same_model
 from shadowc.config import ModelShape, Policy
-from shadowc.directory import sha256
+from shadowc.directory import check_fingerprint, sha256
 from shadowc.errors import OptionError
 from shadowc.evaluation.masks import mask_source, with_given_masks
 from shadowc.evaluation.oracle import true_scores, unit_factors
@@ -56,7 +58,9 @@ from shadowc.selection import default_selection, selections
 from shadowc.trace import trace
 from shadowc.versions import versions
 
+FITTED = ("layerwise", "fullseq")
 AGAINST = ("dense", "static", "layerwise", "oracle", "random")
+_KNOWN = (*AGAINST, "fullseq")
 SPARSITIES = tuple(tenths / 10 for tenths in range(1, 10))
 STATE, REPORT = "state.jsonl", "report.json"
 
@@ -76,7 +80,7 @@ class Options:
     """What a sweep measures.
 
     Attributes:
-        against: Names out of `AGAINST`, beside the calibration's own predictor.
+        against: Names out of `AGAINST`, or `fullseq`, beside the calibration's own predictor.
         sparsities: Of heads and of neurons, ascending; each as far as the model can go.
         neurons_only: Skip no heads.
         data: Text to score.
@@ -96,9 +100,9 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
         for name in self.against:
-            if name not in AGAINST:
+            if name not in _KNOWN:
                 raise OptionError(
-                    f"nothing to compare with is called {name!r}", expected=", ".join(AGAINST)
+                    f"nothing to compare with is called {name!r}", expected=", ".join(_KNOWN)
                 )
         found = self.sparsities
         in_range = all(0 <= s < 1 for s in found)
@@ -150,7 +154,7 @@ class State:
             try:
                 first, *lines = [json.loads(line) for line in whole.splitlines()]
                 self.records = {line["name"]: line["record"] for line in lines}
-                _check_fingerprint(first, fingerprint, path)
+                check_fingerprint(first, fingerprint, path, error=OptionError)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise OptionError(
                     f"{path} is damaged", got=error, fix="--fresh to start over"
@@ -173,21 +177,6 @@ class State:
         self._file.close()
 
 
-def _check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    others = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    if others:
-
-        def named(values: Mapping[str, Any]) -> str:
-            return "; ".join(f"{key} {values.get(key)}" for key in others)
-
-        raise OptionError(
-            f"{path} was measured with another {', '.join(others)}",
-            expected=named(wanted),
-            got=named(found),
-            fix="--fresh to start over, or another --output",
-        )
-
-
 def sweep(
     loaded: LoadedModel,
     calibration: Calibration,
@@ -204,7 +193,7 @@ def sweep(
         loaded: The calibration's model, in fp32.
         calibration: What chooses the units.
         calibration_file: Its JSON, whose hash stands for it.
-        output: Directory of the state, the layerwise calibration and `report.json`.
+        output: Directory of the state, the other calibrations and `report.json`.
         options: What to measure.
         fresh: Start over.
         progress: Told what is done.
@@ -273,8 +262,9 @@ class _Sweep:
         methods = options.methods(self.calibration)
         self.predictors = {self.calibration.predictor: self.calibration}
         self.predictors.pop("static", None)
-        if "layerwise" in methods and "layerwise" not in self.predictors:
-            self.predictors["layerwise"] = self._layerwise()
+        for name in FITTED:
+            if name in methods and name not in self.predictors:
+                self.predictors[name] = self._fitted(name)
         groups = batches(self.windows, shape.vocab, _BATCH_LOGITS)
         pieces = [
             (method, sparsity)
@@ -308,21 +298,21 @@ class _Sweep:
             **state.get("compared", self._compare),
         }
 
-    def _layerwise(self) -> Calibration:
-        """A predictor in every layer, fitted as the calibration was, or read back."""
-        own, directory = self.calibration, self.output / "layerwise"
+    def _fitted(self, name: str) -> Calibration:
+        """Another kind of predictor, fitted as the calibration was, or read back."""
+        own, directory = self.calibration, self.output / name
 
         def fit() -> Record:
             examples = calibration_examples(
                 self.loaded, own.data, own.examples, own.seq_len, own.seed
             )
-            fitting = FitOptions((own.criterion,), "layerwise", "entry", seed=own.seed)
+            fitting = FitOptions((own.criterion,), name, seed=own.seed)
             (fitted,) = calibrate(self.loaded, examples, fitting, data=own.data, progress=True)
             save_calibration(fitted, directory)
             return {"sha256": sha256(directory / JSON_FILE)}
 
         file = directory / JSON_FILE
-        if self.state.get("layerwise", fit)["sha256"] != (sha256(file) if file.exists() else None):
+        if self.state.get(name, fit)["sha256"] != (sha256(file) if file.exists() else None):
             raise OptionError(
                 f"{directory} is not what was fitted for this sweep", fix="--fresh to start over"
             )
@@ -330,7 +320,7 @@ class _Sweep:
 
     def _prepare(self) -> None:
         """Programs and true scores: made when they are first needed, or not at all."""
-        traced = cache(lambda: _traced(self.loaded))
+        traced = cache(lambda: traced_graph(self.loaded))
         shape = self.loaded.shape
 
         @cache
@@ -427,50 +417,16 @@ class _Sweep:
                     each = kept if len(kept) == 1 else kept.unflatten(0, ids.shape)[:, 1:]
                     mask.copy_(each)
             results = self.given()(*inputs, heads, neurons)
-        logits, heads, neurons, *rows = results
-        losses = nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-        )
-        counted = slice(1, tokens - 1)
-        ran = neurons[:, counted].sum(-1, dtype=torch.int32)  # int64 takes 20 times as long
-        read = rows[0][:, counted] if rows and method != "dense" else ran
-        return {
-            "loss": float(losses.view(batch, -1)[:, counted].sum(dtype=torch.float64)),
-            "tokens": batch * (tokens - 2),
-            "heads": heads[:, counted].sum((0, 1, 3)).tolist(),
-            "neurons": ran.sum((0, 1)).tolist(),
-            "rows": read.sum((0, 1)).tolist(),
-        }
+        return tally(ids, results, dense=method == "dense")
 
     def _point(self, method: str, sparsity: float, parts: Sequence[Record]) -> Record:
         """What all batches together say of one method and sparsity."""
-        shape = self.loaded.shape
-        tokens = sum(part["tokens"] for part in parts)
-        loss = sum(part["loss"] for part in parts) / tokens
-        heads, neurons, rows = (
-            [sum(layer) / tokens for layer in zip(*(part[name] for part in parts), strict=True)]
-            for name in ("heads", "neurons", "rows")
-        )
-        first = 2 if shape.gated else 1
-        heads_read = 2 * shape.head_dim * (sum(heads) + shape.kv_heads * shape.layers)
-        read = shape.hidden * (heads_read + first * sum(neurons) + sum(rows))
         predictor = 0
         if method in self.predictors and sparsity:
             predictor = predictor_elements(
                 self.predictors[method], heads=not self.options.neurons_only, neurons=True
             )
-        whole = shape.layers * shape.layer_elements
-        return {
-            "sparsity": sparsity,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "tokens": tokens,
-            "head_sparsity": 1 - sum(heads) / (shape.heads * shape.layers),
-            "neuron_sparsity": 1 - sum(neurons) / (shape.ffn * shape.layers),
-            "weight_bytes_skipped": 1 - (read + predictor) / whole,
-            "predictor_bytes_share": predictor / whole,
-            "heads_by_layer": [value / shape.heads for value in heads],
-            "neurons_by_layer": [value / shape.ffn for value in neurons],
-        }
+        return {"sparsity": sparsity, **summary(self.loaded.shape, parts, predictor)}
 
     @torch.inference_mode()
     def _compare(self) -> Record:
@@ -507,6 +463,60 @@ class _Sweep:
             },
             "head_rank_variance": variance.tolist(),
         }
+
+
+def tally(ids: Tensor, results: Sequence[Tensor], *, dense: bool = False) -> Record:
+    """Loss and what ran, summed over the tokens that are scored: all but a window's first and last.
+
+    Args:
+        ids: int64 [B, T].
+        results: What a program of `masked_program` gave.
+        dense: Every row is read, zero or not.
+    """
+    (batch, tokens), (logits, heads, neurons, *rows) = ids.shape, results
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    counted = slice(1, tokens - 1)
+    ran = neurons[:, counted].sum(-1, dtype=torch.int32)  # int64 takes 20 times as long
+    read = rows[0][:, counted] if rows and not dense else ran
+    return {
+        "loss": float(losses.view(batch, -1)[:, counted].sum(dtype=torch.float64)),
+        "tokens": batch * (tokens - 2),
+        "heads": heads[:, counted].sum((0, 1, 3)).tolist(),
+        "neurons": ran.sum((0, 1)).tolist(),
+        "rows": read.sum((0, 1)).tolist(),
+    }
+
+
+def summary(shape: ModelShape, parts: Sequence[Record], predictor: int) -> Record:
+    """What all batches together say.
+
+    Args:
+        shape: The model's shape.
+        parts: What `tally` gave for each.
+        predictor: Elements of the predictor that a token reads.
+    """
+    tokens = sum(part["tokens"] for part in parts)
+    loss = sum(part["loss"] for part in parts) / tokens
+    heads, neurons, rows = (
+        [sum(layer) / tokens for layer in zip(*(part[name] for part in parts), strict=True)]
+        for name in ("heads", "neurons", "rows")
+    )
+    first = 2 if shape.gated else 1
+    heads_read = 2 * shape.head_dim * (sum(heads) + shape.kv_heads * shape.layers)
+    read = shape.hidden * (heads_read + first * sum(neurons) + sum(rows))
+    whole = shape.layers * shape.layer_elements
+    return {
+        "perplexity": math.exp(min(loss, 700.0)),
+        "tokens": tokens,
+        "head_sparsity": 1 - sum(heads) / (shape.heads * shape.layers),
+        "neuron_sparsity": 1 - sum(neurons) / (shape.ffn * shape.layers),
+        "weight_bytes_skipped": 1 - (read + predictor) / whole,
+        "predictor_bytes_share": predictor / whole,
+        "heads_by_layer": [value / shape.heads for value in heads],
+        "neurons_by_layer": [value / shape.ffn for value in neurons],
+    }
 
 
 _HALF = Policy(0.5, 0.5)  # any policy that skips both: what the graphs are made with
@@ -559,7 +569,7 @@ def masked_program(
         of the second projections a token reads, int64 [B, T, L].
     """
     scores = StaticScores(calibration.mean_head_scores, calibration.mean_neuron_scores)
-    predictors: list[ShadowPredictor | StaticScores] = [*calibration.build_predictors()]
+    predictors: list[Predictor | StaticScores] = [*calibration.build_predictors()]
     predictors = predictors or [scores]
     masks = export_masks(predictors, selections(calibration, policy), calibration.width)
     relu = shape.activation == "relu"
@@ -590,7 +600,10 @@ def predicted(loaded: LoadedModel, calibration: Calibration, ids: Tensor) -> Mas
     Returns:
         fp32 [B, T, L-1, H], of layers 1.., and [B, T, L, F].
     """
-    collector = Collector(loaded.model, loaded.shape, calibration.feature, calibration.taps)
+    pooled = calibration.predictor == "fullseq"
+    collector = Collector(
+        loaded.model, loaded.shape, calibration.feature, calibration.taps, pooled=pooled
+    )
     features, _ = collector.features([Example(row, [True] * len(row)) for row in ids.tolist()])
     scores = [
         predictor(feature)
@@ -600,7 +613,8 @@ def predicted(loaded: LoadedModel, calibration: Calibration, ids: Tensor) -> Mas
     return heads, neurons
 
 
-def _traced(loaded: LoadedModel) -> fx.GraphModule:
+def traced_graph(loaded: LoadedModel) -> fx.GraphModule:
+    """The model's canonical graph, from which masked programs are made."""
     module = trace(loaded.model).module(check_guards=False)
     return run_passes(module, (canonicalize,))
 

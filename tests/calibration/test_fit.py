@@ -1,20 +1,28 @@
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from shadowc.budget import predictor_elements
+from shadowc.calibration import checkpoint, trained
 from shadowc.calibration import fit as fit_module
 from shadowc.calibration.collect import Collector
 from shadowc.calibration.criteria import CRITERIA
 from shadowc.calibration.data import Example
 from shadowc.calibration.fit import FitOptions, calibrate
+from shadowc.calibration.measure import _agreement
+from shadowc.calibration.ridge import FeatureSums, ScoreSums, regress
 from shadowc.calibration.store import JSON_FILE, TENSOR_FILE, save_calibration
+from shadowc.compiler import build_programs
 from shadowc.config import Policy
-from shadowc.errors import DataError, OptionError
+from shadowc.errors import CalibrationError, DataError, OptionError
 from shadowc.evaluation.masks import teacher_forced
 from shadowc.kernels.select import select_reference
 from shadowc.models import load_model
+from shadowc.passes.manager import copy_module
+from shadowc.targets import load_target
 
 QUICK = FitOptions(criteria=("sens",), rank=8, random_features=16, batch_tokens=64)
 
@@ -74,6 +82,7 @@ def test_static_scores_are_means(tiny, criterion):
         ("context", {}),
         ("residual", {"every": 2}),
         ("normed", {"predictor": "layerwise"}),
+        ("residual", {"predictor": "fullseq"}),
     ],
 )
 def test_each_predictor_is_the_ridge_regression(tiny, feature, placed):
@@ -82,8 +91,10 @@ def test_each_predictor_is_the_ridge_regression(tiny, feature, placed):
     training = data[:7] + data[8:]
     options = dataclasses.replace(QUICK, rank=1000, feature=feature, **placed)
     (found,) = calibrate(tiny.loaded, data, options)
-    assert found.taps == {"every": (0, 2), "predictor": (0, 1, 2)}.get("".join(placed), (0,))
-    collector = Collector(tiny.loaded.model, tiny.shape, feature, found.taps)
+    taps = {2: (0, 2), "layerwise": (0, 1, 2)}
+    assert found.taps == taps.get(next(iter(placed.values()), None), (0,))
+    pooled = found.predictor == "fullseq"
+    collector = Collector(tiny.loaded.model, tiny.shape, feature, found.taps, pooled=pooled)
     batch = collector.run(training)
     _, scores, squares = all_scores(tiny, "sens", training)
     ranked = ranking_units("sens", scores, squares)
@@ -182,7 +193,7 @@ def test_agreement_is_also_measured_within_each_layer(tiny):
         assert (found.metrics[f"spearman_{kind}_by_layer"][0] is None) == bool(first)
         for layer in range(first, tiny.shape.layers):
             true = scores[kind][:, layer].float()
-            alone = fit_module._agreement(mean[layer].expand_as(true), true)
+            alone = _agreement(mean[layer].expand_as(true), true)
             for name, key in (("spearman", f"spearman_{kind}"), ("recall_50", f"recall_{kind}_50")):
                 got = found.metrics[f"{key}_by_layer"]
                 assert len(got) == tiny.shape.layers
@@ -193,8 +204,8 @@ def test_metrics_of_a_perfect_and_of_an_unrelated_prediction():
     torch.manual_seed(0)
     true = torch.rand(20, 2000)
     true[:, 500:] = 0  # ties; zeros are nobody's best
-    perfect = fit_module._agreement(true * 3 + 1, true)
-    unrelated = fit_module._agreement(torch.rand(20, 2000), true)
+    perfect = _agreement(true * 3 + 1, true)
+    unrelated = _agreement(torch.rand(20, 2000), true)
     assert torch.allclose(perfect["spearman"], torch.ones(20, dtype=torch.float64))
     assert (perfect["recall_70"] == 1).all()
     assert unrelated["spearman"].abs().mean() < 0.05
@@ -206,7 +217,7 @@ def test_spearman_is_scipys():
     stats = pytest.importorskip("scipy.stats")
     torch.manual_seed(0)
     x, y = torch.randint(0, 9, (2, 3, 40)).float()
-    found = fit_module._agreement(x, y)["spearman"]
+    found = _agreement(x, y)["spearman"]
     expected = [stats.spearmanr(a.numpy(), b.numpy()).statistic for a, b in zip(x, y, strict=True)]
     assert found.tolist() == pytest.approx(expected)
 
@@ -252,6 +263,146 @@ def test_rule_10_same_inputs_and_seed_same_bytes(tiny, tmp_path):
     assert made("a")[1] != made("c", seed=1)[1]
 
 
+@pytest.mark.parametrize(
+    "changes, stop",
+    [({}, 3), ({"predictor": "layerwise"}, 6), ({"fit": "paper", "rank": None}, 4)],
+)
+def test_an_interrupted_calibration_ends_with_the_same_bytes(
+    tiny_opt, tmp_path, monkeypatch, changes, stop
+):
+    monkeypatch.setattr(checkpoint, "EVERY", 2)
+    monkeypatch.setitem(trained.SCHEDULES, "heads", trained.Schedule(8, 2, 8))
+    monkeypatch.setitem(trained.SCHEDULES, "neurons", trained.Schedule(8, 2, 8))
+    criteria = "sens", "random"
+    options = dataclasses.replace(QUICK, criteria=criteria, batch_tokens=16, **changes)
+    file, run, calls = tmp_path / "unfinished", Collector.run, []
+
+    def counted(collector, group):
+        calls.append(group)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return run(collector, group)
+
+    whole = calibrate(tiny_opt.loaded, examples(tiny_opt), options)
+    monkeypatch.setattr(Collector, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_opt.loaded, examples(tiny_opt), options, checkpoint=file)
+    calls.clear()
+    stop = 0
+    again = calibrate(tiny_opt.loaded, examples(tiny_opt), options, checkpoint=file)
+    assert len(calls) in (9 - 2, 9 - 4)  # nine examples, one a batch
+    for one, other in zip(whole, again, strict=True):
+        for name, value in one.tensors().items():
+            assert torch.equal(value, other.tensors()[name]), name
+        assert one.metrics | {"seconds": 0} == other.metrics | {"seconds": 0}
+
+
+@pytest.mark.parametrize(
+    "changes, fresh, message",
+    [
+        ({"seed": 1}, False, "another seed"),
+        ({"ridge": 1.0}, False, "another ridge"),
+        ({}, False, None),
+        ({"seed": 1}, True, None),
+    ],
+)
+def test_only_the_same_calibration_goes_on(
+    tiny_opt, tmp_path, monkeypatch, changes, fresh, message
+):
+    monkeypatch.setattr(checkpoint, "EVERY", 1)
+    file = tmp_path / "unfinished"
+    calibrate(tiny_opt.loaded, examples(tiny_opt), QUICK, checkpoint=file)
+    options = dataclasses.replace(QUICK, **changes)
+    again = pytest.raises(CalibrationError, match=message) if message else nullcontext()
+    with again:
+        calibrate(tiny_opt.loaded, examples(tiny_opt), options, checkpoint=file, fresh=fresh)
+
+
+def test_a_damaged_state_is_named(tiny_opt, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", 1)
+    file = tmp_path / "unfinished"
+    calibrate(tiny_opt.loaded, examples(tiny_opt), QUICK, checkpoint=file)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(CalibrationError, match="unfinished is damaged"):
+        calibrate(tiny_opt.loaded, examples(tiny_opt), QUICK, checkpoint=file)
+
+
+def test_sums_of_two_parts_are_the_sums_of_all(tiny):
+    data = examples(tiny, count=8)
+    collector = Collector(tiny.loaded.model, tiny.shape, "residual")
+    maps = fit_module._feature_maps(collector, data, QUICK)
+    parts = []
+    for some in (data[:5], data[5:], data):
+        features = FeatureSums(tiny.shape, (0,), maps)
+        scores = ScoreSums(CRITERIA["sens"], 0)
+        batch = collector.run(some)
+        scores.add(batch, features.add(batch), features.tap_of)
+        parts.append((features, scores))
+    (features, scores), (more_features, more_scores), whole = parts
+    features.merge(more_features)
+    scores.merge(more_scores)
+    assert features.tokens == whole[0].tokens
+    x = torch.randn(1, 5, tiny.shape.hidden)
+    found = []
+    for features, scores in (parts[0], whole):
+        factors, _ = scores.ranking_units(features)
+        predictor = regress(features, scores, factors, 0, rank=8, ridge=2.0)
+        found.append(torch.cat([part.flatten(2) for part in predictor(x)], dim=2))
+    assert (found[0] - found[1]).abs().max() < 1e-3 * found[1].std()
+    parts[0][0].maps[0] = dataclasses.replace(maps[0], mean=maps[0].mean + 1)
+    with pytest.raises(CalibrationError, match="other features"):
+        parts[0][0].merge(whole[0])
+
+
+def test_targets_of_a_refresh_are_means_over_the_tokens_that_a_mask_serves(tiny_opt):
+    batch = Collector(tiny_opt.loaded.model, tiny_opt.shape, "residual").run(
+        [
+            Example(tiny_opt.ids(1, 9)[0].tolist(), [True] * 9),
+            Example(tiny_opt.ids(1, 6)[0].tolist(), [True] * 6),
+        ]
+    )
+    values = torch.rand(2, 9, 3)
+    for refresh in (1, 2, 3, 0):
+        ahead = batch.ahead(values, refresh)
+        for row, position in batch.counts.nonzero().tolist():
+            own = slice(position, position + refresh if refresh else None)
+            expected = values[row, own][batch.counts[row, own]].mean(0)
+            torch.testing.assert_close(ahead[row, position], expected)
+    for refresh in (1, 3):
+        sums = ScoreSums(CRITERIA["plainact"], 0, refresh)
+        sums.add(batch, [batch.features[0] * batch.counts[..., None]], {("neurons", 1): 0})
+        (units,) = [u for u in batch.units(sums.generator) if u.site == ("neurons", 1)]
+        scores = batch.ahead(CRITERIA["plainact"].score(units), refresh)
+        expected = scores[batch.counts].sqrt().sum(0)
+        torch.testing.assert_close(sums.roots["neurons", 1].float(), expected)
+        mean = CRITERIA["plainact"].score(units)[batch.counts].sum(0)
+        torch.testing.assert_close(sums.totals["neurons", 1].float(), mean)
+
+
+def test_the_papers_recipe_learns_scores_within_layers(tiny, monkeypatch):
+    """It knows the samples that it was trained on, and runs inside the masked program."""
+    monkeypatch.setitem(trained.SCHEDULES, "heads", trained.Schedule(256, 200, 8))
+    monkeypatch.setitem(trained.SCHEDULES, "neurons", trained.Schedule(256, 200, 8))
+    data = examples(tiny, count=5)
+    options = FitOptions(("sens",), fit="paper", batch_tokens=64)
+    (found,) = calibrate(tiny.loaded, data, options)
+    (predictor,) = found.build_predictors()
+    x, scores, squares = all_scores(tiny, "sens", data[:4])
+    for got, kind, first in zip(predictor(x[None].float()), scores, (1, 0), strict=True):
+        true = (scores[kind] * squares[kind].sqrt())[:, first:]
+        low, high = true.amin(2, keepdim=True), true.amax(2, keepdim=True)
+        target = (true - low) / (high - low)
+        unexplained = (got[0] - target).square().mean() / (target - target.mean(0)).square().mean()
+        assert unexplained < 0.1
+    policy = Policy(0.5, 0.5, min_neurons=2)
+    built = build_programs(
+        copy_module(tiny.traced), tiny.loaded, found, policy, load_target("cpu"), torch.float32
+    )
+    assert built.predictor_bytes == 4 * predictor_elements(
+        found, heads=True, neurons=True
+    ) + 4 * sum(v.numel() for v in found.weights.values() if v.dim() == 1)
+
+
 def test_an_interrupt_goes_through_and_leaves_no_hook(tiny, monkeypatch):
     model = tiny.loaded.model
 
@@ -287,7 +438,7 @@ def test_too_few_examples(tiny):
     ("changes", "message"),
     [
         ({"criteria": ("magnitude",)}, "plainact, plainact-weights, sens"),
-        ({"predictor": "oracle"}, "shadow, layerwise, static"),
+        ({"predictor": "oracle"}, "shadow, layerwise, fullseq, static"),
         ({"feature": "embedding"}, "residual, normed, entry, context"),
         ({"rank": 0}, "rank"),
         ({"every": 0}, "every"),

@@ -13,7 +13,7 @@ import torch
 from shadowc.calibration.data import evaluation_windows
 from shadowc.calibration.store import JSON_FILE, load_calibration, save_calibration
 from shadowc.config import Policy
-from shadowc.errors import OptionError
+from shadowc.errors import CalibrationError, OptionError
 from shadowc.evaluation import figures, sweep
 from shadowc.evaluation.oracle import true_scores
 from shadowc.evaluation.perplexity import evaluate
@@ -103,6 +103,25 @@ def test_a_layerwise_baseline_of_something_else_is_refused(tiny_opt, tmp_path):
     with pytest.raises(OptionError, match="layerwise is not what was fitted"):
         run(tiny_opt, calibration, tmp_path, options)
     assert run(tiny_opt, calibration, tmp_path, options, fresh=True) == before
+
+
+def test_the_whole_sequence_is_measured_and_not_compiled(tiny, tmp_path):
+    options = replace(SMALL, against=("fullseq",), sparsities=(0.0, 0.5))
+    result = run(tiny, calibration_of(tiny), tmp_path, options)
+    fitted = load_calibration(tmp_path / "eval" / "fullseq")
+    assert fitted.predictor == "fullseq" and fitted.taps == (0,)
+    none, half = result["methods"]["fullseq"]
+    assert none["perplexity"] == pytest.approx(result["methods"]["shadow"][0]["perplexity"])
+    assert half["neuron_sparsity"] == pytest.approx(0.5, abs=0.01)
+    # A token's mask depends on the tokens before it, and on none after it.
+    ids = torch.arange(5, 17)[None]
+    heads, _ = sweep.predicted(tiny.loaded, fitted, ids)
+    shorter, _ = sweep.predicted(tiny.loaded, fitted, ids[:, :6])
+    other, _ = sweep.predicted(tiny.loaded, fitted, torch.cat((ids[:, 1:2], ids[:, 1:]), dim=1))
+    torch.testing.assert_close(heads[:, :6], shorter, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(heads[:, 5], other[:, 5], atol=1e-4)
+    with pytest.raises(CalibrationError, match="measured, not compiled"):
+        tiny.session(Policy(0.5, 0.5, min_neurons=2), calibration=fitted)
 
 
 def test_neurons_only_skips_no_head(tiny_opt, tmp_path):
