@@ -4,8 +4,8 @@
 
 Every row is calibrated on the same examples of the text and measured on the same other tokens, by
 the masked program in fp32, with a new mask for every token. Writes
-benchmarks/results/predictors-MODEL.md and .json. Columns (bytes are weight bytes of the layers that
-a token does not read, the predictor's own counted as read, rows of exact zeros as not):
+benchmarks/results/predictors-MODEL-CRITERION.md and .json. Columns (bytes are of the layers'
+weights: what a token does not read, the predictor's own counted as read, rows of zeros as not):
 
     50/50      half of the heads and of the neurons
     47/47      what a predictor in every layer skips in the time in which one predictor skips half:
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,11 @@ class Measure:
         """Perplexity and bytes; None where the budget is out of reach."""
         if isinstance(budget, float):
             try:
-                policy = allot(calibration, budget, Policy(0.0, 0.0))
+                policy = allot(calibration, budget, Policy(0.0, 0.0, selection="threshold"))
             except OptionError:
                 return None
         else:
-            selection = default_selection(len(calibration.taps))
-            policy = Policy(budget.head_sparsity, budget.neuron_sparsity, selection=selection)
+            policy = replace(budget, selection=default_selection(len(calibration.taps)))
         program, tensors = masked_program(self.graph, self.loaded.shape, calibration, policy)
         run: Callable[..., Any] = program.bind(tensors)
         parts = []
@@ -117,11 +117,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     options = parser.parse_args()
     measure = Measure(load_model(options.model), options)
-    whole = Policy(0.0, 0.0)
     (static,) = calibrate(
         measure.loaded, measure.examples, FitOptions((options.criterion,), "static")
     )
-    dense = measure.at(static, whole)
+    dense = measure.at(static, Policy(0.0, 0.0))
     found: dict[str, Any] = {}
     for name in options.rows:
         found[name] = measure.row(ROWS[name])
@@ -130,7 +129,7 @@ def main() -> None:
         "model": options.model, "criterion": options.criterion, "text": Path(options.text).name,
         "examples": options.examples, "dense": dense, "rows": found, "versions": versions(),
     }  # fmt: skip
-    file = RESULTS / f"predictors-{slug(options.model)}.json"
+    file = RESULTS / f"predictors-{slug(options.model)}-{options.criterion}.json"
     file.write_text(json.dumps(facts, indent=2) + "\n")
     file.with_suffix(".md").write_text(page(facts))
 

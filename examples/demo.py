@@ -32,6 +32,7 @@ from shadowc.evaluation.numerics import check_numerics
 from shadowc.evaluation.perplexity import evaluate
 from shadowc.models import LoadedModel, load_model
 from shadowc.runtime.session import Session
+from shadowc.selection import default_selection
 from shadowc.trace import trace
 from shadowc.versions import versions
 
@@ -120,9 +121,10 @@ def measure(
     rows: list[dict[str, Any]] = []
     done: dict[str, dict[str, Any]] = {}  # what does not depend on the criterion
     for calibration in calibrations:
-        half = Policy(0.5, 0.5)
+        selection = default_selection(len(calibration.taps))
+        half = Policy(0.5, 0.5, selection=selection)
         for label, policy in (
-            ("30% of units", Policy(0.3, 0.3)),
+            ("30% of units", Policy(0.3, 0.3, selection=selection)),
             ("50% of units", half),
             (f"{BYTES:.0%} of bytes", budget.allot(calibration, BYTES, half)),
         ):
@@ -146,7 +148,7 @@ def measure(
                     "neuron_sparsity": found["artifact"]["neuron_sparsity"],
                     "weight_bytes_skipped": ran["weight_bytes_skipped"],
                     "tokens": found["artifact"]["tokens"],
-                    "shadow": found["artifact"]["perplexity"],
+                    "perplexity": found["artifact"]["perplexity"],
                     "static": found["static"]["perplexity"],
                     "random": done[key]["perplexity"],
                     "dense": done["dense"]["perplexity"],
@@ -196,7 +198,7 @@ def print_table(results: dict[str, Any], path: Path) -> None:
                 f"-{row['head_sparsity']:.0%}",
                 f"-{row['neuron_sparsity']:.0%}",
                 f"{row['weight_bytes_skipped']:.0%}",
-                number(row["shadow"]),
+                number(row["perplexity"]),
                 number(row["static"]),
                 number(row["random"]),
                 f"{bench['ms_per_token']:.2f}" if timed else "",

@@ -165,7 +165,10 @@ def _show_calibrate(result: Result) -> None:
 def calibrate(
     model: Annotated[str, typer.Argument(help="Alias, hub id, directory, .gguf or random:ALIAS.")],
     criterion: Annotated[str, typer.Option(help="See: shadowc criteria.")] = "plainact",
-    predictor: Annotated[str, typer.Option(help=" | ".join(config.PREDICTORS))] = "shadow",
+    predictor: Annotated[
+        str | None,
+        typer.Option(help=" | ".join(config.PREDICTORS), show_default=config.DEFAULT_PREDICTOR),
+    ] = None,
     feature: Annotated[
         str | None,
         typer.Option(help=" | ".join(config.FEATURES) + " (default: residual; layerwise: entry)."),
@@ -206,10 +209,10 @@ def calibrate(
         from shadowc.models import load_model, slug
 
         options = FitOptions(
-            (criterion,), predictor, feature, rank=rank, seed=seed, every=taps, fit=how,
+            (criterion,), predictor or "", feature, rank=rank, seed=seed, every=taps, fit=how,
             refresh=_refresh(refresh),
         )  # fmt: skip
-        kind = config.predictor_name(predictor, taps, how, options.refresh)
+        kind = config.predictor_name(options.predictor, taps, how, options.refresh)
         target = output or CALIBRATIONS / "-".join([slug(model), criterion, *kind])
         check_target(target, marker=JSON_FILE, error=CalibrationError)
         loaded = load_model(model)

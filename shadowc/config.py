@@ -16,6 +16,8 @@ from shadowc.errors import OptionError
 SCOPES = ("global", "local")
 FEATURES = ("residual", "normed", "entry", "context")
 PREDICTORS = ("shadow", "layerwise", "fullseq", "static")
+#: The best at equal time: benchmarks/results/predictors-*.md.
+DEFAULT_PREDICTOR = "layerwise"
 FITS = ("ridge", "paper")
 SELECTIONS = ("topk", "threshold")
 BUDGETS = ("units", "bytes")
@@ -114,7 +116,7 @@ def taps_of(layers: int, taps: Sequence[int]) -> tuple[Tap, ...]:
 
 
 def predictor_name(predictor: str, every: int | None, fit: str, refresh: int) -> list[str]:
-    """What tells a kind of predictor from one tap of `shadow`, as parts of a name.
+    """What tells a kind of predictor from the usual one, as parts of a name.
 
     Args:
         predictor: One of `PREDICTORS`.
@@ -122,8 +124,7 @@ def predictor_name(predictor: str, every: int | None, fit: str, refresh: int) ->
         fit: One of `FITS`.
         refresh: Tokens that a mask serves.
     """
-    several = [f"taps{every}"] if every else []
-    found = several if predictor == "shadow" else [predictor]
+    found = [] if predictor == DEFAULT_PREDICTOR else [f"taps{every}" if every else predictor]
     found += [fit] * (fit != "ridge")
     return found + ([f"refresh{refresh}" if refresh else "prompt"] if refresh != 1 else [])
 

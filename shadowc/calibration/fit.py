@@ -28,7 +28,7 @@ from shadowc.calibration.predictor import Predictor
 from shadowc.calibration.ridge import FeatureMap, FeatureSums, ScoreSums, Tables, regress
 from shadowc.calibration.store import Calibration
 from shadowc.calibration.trained import Samples, train
-from shadowc.config import FEATURES, FITS, PREDICTORS
+from shadowc.config import DEFAULT_PREDICTOR, FEATURES, FITS, PREDICTORS
 from shadowc.errors import DataError, OptionError
 from shadowc.models import LoadedModel
 from shadowc.versions import versions
@@ -52,8 +52,9 @@ class FitOptions:
 
     Attributes:
         criteria: Names of the criteria; all are fitted from one pass.
-        predictor: `shadow`, `layerwise` (a tap at every layer), `fullseq` (as `shadow`, but it
-            reads the mean of the feature over all tokens so far) or `static`.
+        predictor: `shadow` (after the attention of layer 0), `layerwise` (a tap at every layer),
+            `fullseq` (as `shadow`, but it reads the mean of the feature over all tokens so far) or
+            `static`. Empty: `shadow` where another option asks for it, or else the usual one.
         feature: `residual`, `normed`, `entry` or `context`; None: `entry` for `layerwise`, which
             costs a GPU the least time, and `residual` for `shadow`, which knows no more of a token.
         rank: R of the predictor, what a token pays for; None: as `SIZES` says.
@@ -67,7 +68,7 @@ class FitOptions:
     """
 
     criteria: tuple[str, ...] = ("plainact",)
-    predictor: str = "shadow"
+    predictor: str = ""
     feature: str | None = None
     rank: int | None = None
     random_features: int | None = None
@@ -80,6 +81,9 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be fitted."""
+        if not self.predictor:
+            one = self.every or self.fit == "paper" or self.feature == "context"
+            object.__setattr__(self, "predictor", "shadow" if one else DEFAULT_PREDICTOR)
         for name, value, known in (
             ("predictor", self.predictor, PREDICTORS),
             ("feature", self.reads, FEATURES),

@@ -329,7 +329,7 @@ def test_all_criteria_are_calibrated_at_once(tiny):
 def test_a_signed_criterion_is_learnt(tiny):
     """Grasp: the square root keeps the sign, so a predictor of full rank ranks as it does."""
     data = examples(tiny.loaded, *[20] * 9)
-    options = FitOptions(("grasp",), rank=1000, ridge=1e-4, random_features=400)
+    options = FitOptions(("grasp",), "shadow", rank=1000, ridge=1e-4, random_features=400)
     (found,) = calibrate(tiny.loaded, data, options)
     batch = collect(tiny, *[20] * 9)
     heads = torch.stack(

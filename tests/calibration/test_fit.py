@@ -24,7 +24,7 @@ from shadowc.models import load_model
 from shadowc.passes.manager import copy_module
 from shadowc.targets import load_target
 
-QUICK = FitOptions(criteria=("sens",), rank=8, random_features=16, batch_tokens=64)
+QUICK = FitOptions(("sens",), "shadow", rank=8, random_features=16, batch_tokens=64)
 
 
 def examples(tiny, count: int = 9, tokens: int = 16) -> list[Example]:

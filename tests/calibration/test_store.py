@@ -72,7 +72,7 @@ def test_round_trip(tmp_path, feature, predictor):
 
 def test_kinds_have_names_of_their_own():
     made = make(predictor="layerwise")
-    assert make().kind == [] and made.kind == ["layerwise"] and made.static().kind == ["static"]
+    assert made.kind == [] and make().kind == ["shadow"] and made.static().kind == ["static"]
     assert dataclasses.replace(made, predictor="shadow", taps=(0, 2)).kind == ["taps2"]
     assert made.static().build_predictors() == []
 

@@ -276,7 +276,7 @@ def test_decode_agrees_with_masked_over_256_tokens(trained, predictor, share):
 def books():
     loaded = load_model("opt-books-15m")
     windows = calibration_examples(loaded, "pydoc", 8, 272, 0)
-    (found,) = calibrate(loaded, windows, FitOptions(("plainact",)))
+    (found,) = calibrate(loaded, windows, FitOptions(("plainact",), "shadow"))
     return loaded, found, windows
 
 
