@@ -16,6 +16,7 @@ import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,9 +44,8 @@ Row = dict[str, Any]
 
 RANKED = ("plainact", "sens", "l2norm")  # what predictors are fitted to, in one pass
 QUICK = {"examples": 6, "seq_len": 64, "tokens": 256, "questions": 4}
-LONGEST_PROMPT = 1024
 SHOTS = {"zero-shot": 0, "five-shot": 5}
-RANKING = [f"{what}_{kind}" for what in ("spearman", "recall") for kind in ("heads", "neurons")]
+RANKING = ("spearman_heads", "spearman_neurons", "recall_heads_50", "recall_neurons_50")
 
 
 class Choice(NamedTuple):
@@ -71,36 +71,35 @@ class Table(NamedTuple):
     rows: list[Choice]
 
 
+DENSE = Choice("dense", sparsity=0.0)
 # Another predictor is a name more in b, and a line more in e.
 TABLES = {
     "a": Table(
         "Criteria, static pruning at 50%",
         "no figure at hand",
-        [
-            Choice("dense", predictor="static", sparsity=0.0),
-            *(Choice(name, name, "static") for name in CRITERIA),
-        ],
+        [DENSE, *(Choice(name, name, "static") for name in CRITERIA)],
     ),
     "b": Table(
         "Ranking ability of predictors, and what it makes at 50%",
         "plainact, Spearman 0.92 (heads) and 0.66 (neurons)",
-        [Choice(f"{p}, {c}", c, p) for p in ("shadow", "layerwise") for c in RANKED],
+        [DENSE, *(Choice(f"{p}, {c}", c, p) for p in ("shadow", "layerwise") for c in RANKED)],
     ),
     "c": Table(
         "Global or local scope (shadow, plainact, 50%)",
         "OPT-1.3B, 30.7 (one ranking over scores that are normalised for each layer) against 41.8",
-        [Choice(scope, scope=scope) for scope in ("global", "local")],
+        [DENSE, *(Choice(scope, scope=scope) for scope in ("global", "local"))],
     ),
     "d": Table(
         "Calibration on text or on questions (shadow, plainact, 50%)",
         "no figure at hand",
-        [Choice(prompts, prompts=prompts) for prompts in ("text", *SHOTS)],
+        [DENSE, *(Choice(prompts, prompts=prompts) for prompts in ("text", *SHOTS))],
     ),
     "e": Table(
         "DejaVu-style (a predictor a layer, magnitude, local) or shadow (one, plainact, global)",
         "OPT-13B at 50%, WikiText-2, 13.90 a word (dense about 11.5); mean of the seven tasks "
         "61.2, DejaVu-style 58.3",
-        [
+        [DENSE]
+        + [
             one._replace(label=f"{sparsity:.0%}: {one.label}", sparsity=sparsity)
             for sparsity in (0.3, 0.5, 0.7)
             for one in (
@@ -119,11 +118,8 @@ class Protocol:
     def __init__(self, options: argparse.Namespace, name: str) -> None:
         self.options, self.loaded = options, load_model(name)
         self.shape = self.loaded.shape
-        self.seq_len, self.prompt_len = (
-            min(size, self.shape.max_positions) for size in (options.seq_len, LONGEST_PROMPT)
-        )
         self.windows = data.evaluation_windows(
-            self.loaded, options.data, self.seq_len, options.tokens, calibrated_on=options.data
+            self.loaded, options.data, options.seq_len, options.tokens, calibrated_on=options.data
         )
         self.tasks: dict[str, list[data.Question]] = {}
         self.missing: list[str] = []
@@ -154,12 +150,14 @@ class Protocol:
 
     def examples(self, prompts: str) -> list[data.Example]:
         """Windows of text; or answered questions, the same whatever stands before them."""
-        make, count = data.calibration_examples, self.options.examples
+        make, options, count = data.calibration_examples, self.options, self.options.examples
         if prompts == "text":
-            return make(self.loaded, self.options.data, count, self.seq_len, seed=0)
-        each, shots = -(-count // len(self.tasks)), SHOTS[prompts]
-        sources = map(self.source, self.tasks)
-        found = [make(self.loaded, s, each, self.prompt_len, seed=0, shots=shots) for s in sources]
+            return make(self.loaded, options.data, count, options.seq_len, seed=0)
+        each, longest = -(-count // len(self.tasks)), min(1024, self.shape.max_positions)
+        found = [
+            make(self.loaded, self.source(task), each, longest, seed=0, shots=SHOTS[prompts])
+            for task in self.tasks
+        ]
         return [example for turn in zip(*found, strict=True) for example in turn][:count]
 
     def calibration(self, choice: Choice) -> Calibration:
@@ -202,8 +200,11 @@ class Protocol:
 
         measured = self.state.get(json.dumps(choice[1:]), measure)
         say(f"{self.about['model']}: {choice.label}: perplexity {number(measured['perplexity'])}")
-        tokens = {"calibration_tokens": calibration.tokens}
-        return {"label": choice.label, **tokens, **calibration.metrics, **measured}
+        found = {"label": choice.label, **measured}
+        if choice.sparsity:
+            found["calibration_tokens"] = calibration.tokens
+            found |= {name: calibration.metrics.get(name) for name in RANKING}
+        return found
 
     def run(self) -> dict[str, list[Row]]:
         """All tables that are wanted."""
@@ -217,25 +218,25 @@ class Protocol:
 
     def section(self, tables: dict[str, list[Row]]) -> list[str]:
         """The tables in Markdown, with what was run."""
-        asked, shape = self.about["questions"], self.shape
-        error = 50 / min(asked.values(), default=1) ** 0.5
+        options, asked, shape = self.options, self.about["questions"], self.shape
         tokens = next(iter(tables.values()))[0]["tokens"]
         lines = [
             f"## {self.about['model']}\n",
             f"{shape.layers} layers of {shape.heads} heads and {shape.ffn} neurons; "
-            f"{self.options.examples} examples to calibrate. New masks at every token; perplexity "
-            f"is of a token, over {tokens:,} in windows of {self.seq_len}, of {self.options.data}, "
-            "where it calibrated nothing. Heads and neurons: what was skipped there, of all.",
+            f"{options.examples} examples to calibrate. New masks at every token; perplexity is of "
+            f"a token, over {tokens:,} in windows of {options.seq_len}, of {options.data} where it "
+            "calibrated nothing. Heads and neurons: what was skipped there, of all.",
         ]
         if asked:
             counts = ", ".join(f"{task} ({count})" for task, count in asked.items())
+            error = 50 / min(asked.values()) ** 0.5
             lines += [
                 f"Accuracy in %, zero-shot; questions: {counts}. A standard error is up to "
                 f"{error:.1f} points."
             ]
         lines += [f"Not run: {reason}." for reason in self.missing]
         for letter, rows in tables.items():
-            cells = [columns(row, RANKING if letter == "b" else []) for row in rows]
+            cells = [columns(row, RANKING if letter == "b" else ()) for row in rows]
             lines += [f"\n### {letter}. {TABLES[letter].title}\n"]
             lines += [f"Published: {TABLES[letter].published}.\n"]
             body = [[*cells[0]], ["---", *["---:"] * (len(cells[0]) - 1)]]
@@ -244,12 +245,12 @@ class Protocol:
         return lines
 
 
-def columns(row: Row, ranking: list[str]) -> dict[str, str]:
+def columns(row: Row, ranking: Sequence[str]) -> dict[str, str]:
     """A row's cells by their headings."""
-    found = {"": row["label"], "calibration tokens": f"{row['calibration_tokens']:,}"}
-    for name in ranking:
-        at, mark = ("_50", " at 50%") if name.startswith("recall") else ("", "")
-        found[name.replace("_", " of ") + mark] = f"{row[name + at]:.2f}"
+    known = "calibration_tokens" in row  # not for dense
+    found = {"": row["label"]}
+    found["calibration tokens"] = f"{row['calibration_tokens']:,}" if known else ""
+    found |= {name.replace("_", " "): f"{row[name]:.2f}" if known else "" for name in ranking}
     found |= {kind: f"{row[f'{kind[:-1]}_sparsity']:.0%}" for kind in ("heads", "neurons")}
     found["perplexity"] = number(row["perplexity"])
     scores = row["tasks"]
@@ -260,7 +261,7 @@ def columns(row: Row, ranking: list[str]) -> dict[str, str]:
 
 def number(value: float) -> str:
     """A perplexity, short."""
-    return f"{value:,.1f}" if value < 1e4 else f"{value:.1e}"
+    return f"{value:,.1f}" if value < 1e3 else f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
 
 
 def say(text: str) -> None:
