@@ -79,7 +79,8 @@ def reproduce(tiny_opt, tmp_path, monkeypatch):
     example = load_example("reproduce_paper")
     monkeypatch.setattr(example, "load_model", lambda name: tiny_opt.loaded)
     for letter, table in example.TABLES.items():  # a row takes half a second
-        monkeypatch.setitem(example.TABLES, letter, table._replace(rows=table.rows[:7]))
+        some = table.rows[: 7 if letter == "e" else 4]
+        monkeypatch.setitem(example.TABLES, letter, table._replace(rows=some))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     question = {"choice1": "It rained.", "choice2": "He sang.", "question": "cause"}
@@ -129,7 +130,7 @@ def test_the_papers_tables_are_measured_once(reproduce, monkeypatch):
         )
     zero, five = (tables["d"][prompts]["calibration_tokens"] for prompts in reproduce.SHOTS)
     assert 0 < zero < five
-    assert "spearman_heads" in tables["b"]["layerwise, l2norm"]
+    assert -1 < tables["b"]["shadow, l2norm"]["spearman_heads"] < 1
 
     for name in ("calibrate", "evaluate"):
         monkeypatch.setattr(reproduce, name, None)
