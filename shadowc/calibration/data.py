@@ -171,12 +171,12 @@ DATA_NAMES = ("pydoc", "self", *TEXTS, *TASKS)
 
 
 def calibration_examples(
-    loaded: LoadedModel, data: str, examples: int, seq_len: int, seed: int
+    loaded: LoadedModel, data: str, examples: int, seq_len: int, seed: int, shots: int = SHOTS
 ) -> list[Example]:
     """Sequences to calibrate on, from the calibration part of a data set, in seeded order.
 
     Plain text gives windows of exactly `seq_len` tokens that do not overlap; a task gives one
-    five-shot question each, at most `seq_len` tokens long (with fewer shots where five do not fit).
+    question each, at most `seq_len` tokens long (with fewer shots where they do not fit).
 
     Args:
         loaded: The model; its tokenizer is used, and for `self` its weights.
@@ -184,6 +184,7 @@ def calibration_examples(
         examples: Number of sequences.
         seq_len: Tokens of a sequence, BOS included.
         seed: Seed of the order, of the shots and of the sampling.
+        shots: Answered questions before a task's question.
 
     Raises:
         DataError: The data set is unknown, unreachable, unreadable or too short.
@@ -193,7 +194,7 @@ def calibration_examples(
     if data == "self":
         windows = _sample(loaded, examples, seq_len, seed)
     elif _task_of(data) is not None:
-        return _few_shot(loaded, data, examples, seq_len, seed)
+        return _few_shot(loaded, data, examples, seq_len, seed, shots)
     else:
         windows = list(_windows(loaded, load_documents(data, "calibration"), seq_len))
         if len(windows) < examples:
@@ -404,17 +405,17 @@ def _windows(
 
 
 def _few_shot(
-    loaded: LoadedModel, data: str, examples: int, seq_len: int, seed: int
+    loaded: LoadedModel, data: str, examples: int, seq_len: int, seed: int, most: int
 ) -> list[Example]:
-    """Questions with their right answer after up to `SHOTS` others of the same data set."""
+    """Questions with their right answer after up to `most` others of the same data set."""
     questions = load_questions(data, "calibration")
     rng = random.Random(seed)
     found: list[Example] = []
     for index in rng.sample(range(len(questions)), len(questions)):
         if len(found) == examples:
             break
-        others = rng.sample(range(len(questions)), min(SHOTS + 1, len(questions)))
-        shots = ["".join(questions[i].answer) for i in others if i != index][:SHOTS]
+        others = rng.sample(range(len(questions)), min(most + 1, len(questions)))
+        shots = ["".join(questions[i].answer) for i in others if i != index][:most]
         prompt, answer = questions[index].answer
         while True:
             example = encode_answer(loaded, "\n\n".join([*shots, prompt]), answer)

@@ -139,12 +139,15 @@ def piqa(tmp_path: Path) -> str:
     return f"piqa:{path}"
 
 
-def test_few_shot_examples_score_the_answer_only(loaded: LoadedModel, piqa: str) -> None:
-    examples = calibration_examples(loaded, piqa, 30, 256, seed=0)
+@pytest.mark.parametrize("shots", [5, 0])
+def test_few_shot_examples_score_the_answer_only(
+    loaded: LoadedModel, piqa: str, shots: int
+) -> None:
+    examples = calibration_examples(loaded, piqa, 30, 256, seed=0, shots=shots)
     asked = set()
     for example in examples:
         text = loaded.tokenizer.decode(example.ids)
-        assert text.count("Question:") == 6
+        assert text.count("Question:") == shots + 1
         assert text.count(text.rsplit("Question: ", 1)[1].split("\n")[0] + "\n") == 1
         scored = loaded.tokenizer.decode(
             [i for i, s in zip(example.ids, example.scored, strict=True) if s]
