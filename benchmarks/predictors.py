@@ -47,17 +47,15 @@ BUDGETS: dict[str, Policy | float] = {
     "half": 0.5,
 }
 ROWS: dict[str, dict[str, Any]] = {
-    **{f"shadow, rank {rank}": {"rank": rank} for rank in (16, 32, 64, 128, 256)},
-    "shadow, rank 128, linear": {"random_features": 0},
+    **{f"shadow, rank {r}": {"predictor": "shadow", "rank": r} for r in (16, 32, 64, 128, 256)},
+    "shadow, rank 128, linear": {"predictor": "shadow", "random_features": 0},
     "shadow, of the attention's context": {"feature": "context"},
     "shadow, the paper's recipe": {"fit": "paper"},
     **{f"a tap every {n} layers": {"every": n} for n in (5, 2)},
-    **{f"layerwise, rank {r}": {"predictor": "layerwise", "rank": r} for r in (16, 32, 64, 128)},
-    "layerwise, rank 128, 512 random features": {
-        "predictor": "layerwise", "rank": 128, "random_features": 512,
-    },
+    **{f"layerwise, rank {r}": {"rank": r} for r in (16, 32, 64, 128)},
+    "layerwise, rank 128, 512 random features": {"rank": 128, "random_features": 512},
     "static": {"predictor": "static"},
-}  # fmt: skip
+}
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -31,13 +31,10 @@ from shadowc.calibration.store import Calibration, load_calibration, save_calibr
 from shadowc.errors import DataError, OptionError, ShadowcError
 from shadowc.evaluation.bench import device
 from shadowc.evaluation.perplexity import accuracy, evaluate
-from shadowc.evaluation.sweep import Options, State, masked_program
+from shadowc.evaluation.sweep import Options, State, masked_program, traced_graph
 from shadowc.models import load_model, slug
-from shadowc.passes.canonicalize import canonicalize
-from shadowc.passes.manager import run_passes
 from shadowc.runtime.session import Session
 from shadowc.selection import default_selection
-from shadowc.trace import trace
 from shadowc.versions import versions
 
 Row = dict[str, Any]
@@ -178,9 +175,9 @@ class Protocol:
         return load_calibration(folder / f"{choice.criterion}-{kind}")
 
     @cached_property
-    def traced(self) -> fx.GraphModule:
+    def graph(self) -> fx.GraphModule:
         """The model's graph, of which every masked program is made."""
-        return run_passes(trace(self.loaded.model).module(check_guards=False), (canonicalize,))
+        return traced_graph(self.loaded)
 
     def row(self, choice: Choice) -> Row:
         """How a predictor ranks, and what its choice makes of perplexity and accuracy."""
@@ -191,7 +188,7 @@ class Protocol:
         policy = replace(policy, scope=choice.scope)
 
         def measure() -> Row:
-            program, tensors = masked_program(self.traced, self.shape, calibration, policy)
+            program, tensors = masked_program(self.graph, self.shape, calibration, policy)
             programs, limit = {"masked": program}, self.shape.max_positions
             session = Session(self.shape, policy, programs, tensors, {}, limit)
             found = evaluate(session, self.windows, against=())["artifact"]

@@ -184,12 +184,6 @@ def build_programs(
                 "skipping units needs a calibration",
                 fix="run: shadowc calibrate MODEL; or compile with --sparsity 0",
             )
-        if calibration.predictor == "fullseq":
-            raise CalibrationError(
-                "a predictor of the whole sequence is measured, not compiled",
-                expected="a calibration with --predictor shadow, layerwise or static",
-                got="fullseq",
-            )
         chosen = selections(calibration, policy)
         predictors: list[Predictor | StaticScores] = [*calibration.build_predictors()]
         if not predictors:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shadowc.calibration.store import Calibration
 from shadowc.config import ModelShape, Policy, Tap, taps_of
-from shadowc.errors import OptionError
+from shadowc.errors import CalibrationError, OptionError
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,14 @@ def selections(calibration: Calibration, policy: Policy) -> list[tuple[Tap, Sele
 
     Raises:
         OptionError: If the policy's selection does not go with the calibration's predictor.
+        CalibrationError: If that cannot be part of a program.
     """
+    if calibration.predictor == "fullseq":
+        raise CalibrationError(
+            "a predictor of the whole sequence is measured, not compiled",
+            expected="a calibration with --predictor shadow, layerwise or static",
+            got="fullseq",
+        )
     shape, taps = calibration.shape, taps_of(calibration.shape.layers, calibration.taps or (0,))
     if policy.selection == "topk":
         if len(taps) > 1 and policy.scope == "global":

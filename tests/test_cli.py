@@ -130,8 +130,9 @@ def test_calibrate_and_compile_print_one_json_object(work):
     compiled = json.loads((work / "compile.json").read_text())
     assert compiled["output"] == f"artifacts/{MODEL}-plainact-s50-cpu"
     assert compiled["target"] == "cpu" and compiled["max_abs_error"] < 0.05
-    assert compiled["head_sparsity"] == pytest.approx(0.5, abs=0.01)
-    assert compiled["neuron_sparsity"] == pytest.approx(0.5, abs=0.01)
+    # By thresholds, on other text than they were calibrated on.
+    assert compiled["head_sparsity"] == pytest.approx(0.5, abs=0.1)
+    assert compiled["neuron_sparsity"] == pytest.approx(0.5, abs=0.1)
     assert compiled["weight_bytes_skipped"] > 0.3
     assert f"using calibrations/{MODEL}-plainact" in (work / "compile.log").read_text()
 
@@ -170,7 +171,7 @@ def test_eval_and_bench_measure_and_keep_a_report(work, artifact, invoke, tmp_pa
     quality = json.loads(out)
     assert quality["dense_perplexity"] < quality["perplexity"]
     assert quality["dense_perplexity"] == quality["variants"]["dense"]["perplexity"]
-    assert quality["head_sparsity"] == pytest.approx(0.5, abs=0.01) and quality["tasks"] == {}
+    assert 0.4 < quality["head_sparsity"] < 0.6 and quality["tasks"] == {}
     assert {v["tokens"] for v in quality["variants"].values()} == {quality["tokens"]} == {4 * 62}
 
     sizes = ("--prompt-len", 8, "--new-tokens", 24, "--no-hugging-face")
@@ -198,7 +199,7 @@ def test_eval_and_bench_measure_and_keep_a_report(work, artifact, invoke, tmp_pa
     assert static["bytes"] < own["bytes"] < dejavu["bytes"]  # no predictor, one, one a block
     assert static["beside_artifact"] == static["ms_per_step"] / speed["ms_per_token"]
     assert speed["ms_per_step"] == 2 * speed["ms_per_generated_token"] == speed["ms_per_token"]
-    assert speed["neurons_read_share"] == pytest.approx(0.5, abs=0.01)
+    assert speed["neurons_read_share"] == pytest.approx(0.5, abs=0.1)
     code, out, _ = invoke("bench", copy, *sizes, *names)
     for word in ("a step gives 2 tokens", "dejavu (random, speed only)", "static (mean scores)"):
         assert word in out
@@ -270,19 +271,19 @@ def test_the_harness_is_named_where_it_is_missing(artifact, invoke, monkeypatch)
 def test_predictors_at_several_layers_from_calibration_to_measurement(invoke, tmp_path):
     """A tap at every fifth layer and at every layer, each in directories of its own."""
     for option, kind, taps in (
-        (("--taps", 5), "taps5", [0, 5]),
-        (("--predictor", "layerwise", "--feature", "normed"), "layerwise", [*range(10)]),
+        (("--taps", 5), "-taps5", [0, 5]),
+        (("--feature", "normed"), "", [*range(10)]),
     ):
         code, out, err = invoke(*CALIBRATE, *option, "--json")
         assert code == 0, err
         calibration = json.loads(out)["output"]
-        assert calibration == f"calibrations/{MODEL}-plainact-{kind}"
+        assert calibration == f"calibrations/{MODEL}-plainact{kind}"
         assert json.loads(invoke("inspect", calibration, "--json")[1])["taps"] == taps
         refused(invoke(*COMPILE, calibration, "--selection", "topk"), "--selection threshold")
         code, out, err = invoke(*COMPILE, calibration, "--json")
         assert code == 0, err
         artifact = json.loads(out)["output"]
-        assert artifact == f"artifacts/{MODEL}-plainact-{kind}-s50-cpu"
+        assert artifact == f"artifacts/{MODEL}-plainact{kind}-s50-cpu"
         described = json.loads(invoke("inspect", artifact, "--json")[1])
         assert described["selection"] == "threshold" and described["taps"] == taps
         sizes = ("--tokens", 256, "--seq-len", 64)
@@ -297,7 +298,11 @@ def test_predictors_at_several_layers_from_calibration_to_measurement(invoke, tm
         assert json.loads(out)["selection_ms"] > 0
 
 
-def test_a_threshold_for_one_predictor(invoke, calibration, tmp_path):
+def test_a_threshold_for_one_predictor(invoke):
+    code, out, err = invoke(*CALIBRATE, "--predictor", "shadow", "--json")
+    assert code == 0, err
+    calibration = json.loads(out)["output"]
+    assert calibration == f"calibrations/{MODEL}-plainact-shadow"
     options = ("--selection", "threshold", "--head-sparsity", 0.2, "--neuron-sparsity", 0.5)
     code, out, err = invoke(*COMPILE, calibration, *options, "--json")
     assert code == 0, err

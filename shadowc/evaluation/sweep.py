@@ -1,11 +1,12 @@
 """Quality over sparsity, before anything is compiled: many budgets and ways to choose, one text.
 
-    shadow     the calibration's own predictor, with as many taps as it has
-    layerwise  a predictor in every layer (feature `entry`), by thresholds; fitted here from the
-               same model, criterion, data and seed unless the calibration is one
-    fullseq    one predictor of the mean of the feature over all tokens so far; fitted likewise
+    shadow     one predictor after layer 0, or several taps if the calibration has them
+    layerwise  a predictor in every layer, by thresholds
+    fullseq    one predictor of the mean of the feature over all tokens so far
     static, oracle, random, dense      as in `perplexity.py`
 
+Of shadow, layerwise and fullseq, the calibration is one; the others are fitted here from the same
+model, criterion, data and seed.
 All run the masked program in fp32 with a new mask for every token, the first of a window dense.
 Each batch is one unit of work: what does not depend on the budget is computed once for all of them
 (true, drawn and, with one tap, predicted scores), ordered once, and cut off for every budget.
@@ -58,8 +59,8 @@ from shadowc.selection import default_selection, selections
 from shadowc.trace import trace
 from shadowc.versions import versions
 
-FITTED = ("layerwise", "fullseq")
-AGAINST = ("dense", "static", "layerwise", "oracle", "random")
+FITTED = ("shadow", "layerwise", "fullseq")
+AGAINST = ("dense", "static", "shadow", "layerwise", "oracle", "random")
 _KNOWN = (*AGAINST, "fullseq")
 SPARSITIES = tuple(tenths / 10 for tenths in range(1, 10))
 STATE, REPORT = "state.jsonl", "report.json"
