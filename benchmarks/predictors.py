@@ -83,13 +83,14 @@ class Measure:
     @torch.inference_mode()
     def at(self, calibration: Calibration, budget: Policy | float) -> dict[str, Any] | None:
         """Perplexity and bytes; None where the budget is out of reach."""
+        usual = default_selection(len(calibration.taps))
         if isinstance(budget, float):
             try:
-                policy = allot(calibration, budget, Policy(0.0, 0.0, selection="threshold"))
+                policy = allot(calibration, budget, Policy(0.0, 0.0, selection=usual))
             except OptionError:
                 return None
         else:
-            policy = replace(budget, selection=default_selection(len(calibration.taps)))
+            policy = replace(budget, selection=usual)
         program, tensors = masked_program(self.graph, self.loaded.shape, calibration, policy)
         run: Callable[..., Any] = program.bind(tensors)
         parts = []
@@ -100,7 +101,8 @@ class Measure:
             inputs = ids, torch.arange(tokens).expand(batch, -1), causal, source
             parts.append(tally(ids, run(*inputs)))
         read = partial(predictor_elements, calibration)
-        used = read(heads=policy.head_sparsity > 0, neurons=True) if calibration.taps else 0
+        skips = policy.head_sparsity > 0, policy.neuron_sparsity > 0  # else nothing is predicted
+        used = read(heads=skips[0], neurons=skips[1]) if any(skips) else 0
         return summary(self.loaded.shape, parts, used)
 
 
@@ -119,17 +121,16 @@ def main() -> None:
         measure.loaded, measure.examples, FitOptions((options.criterion,), "static")
     )
     dense = measure.at(static, Policy(0.0, 0.0))
-    found: dict[str, Any] = {}
-    for name in options.rows:
-        found[name] = measure.row(ROWS[name])
-        print(_line(name, found[name]), flush=True)
-    facts = {
+    facts: dict[str, Any] = {
         "model": options.model, "criterion": options.criterion, "text": Path(options.text).name,
-        "examples": options.examples, "dense": dense, "rows": found, "versions": versions(),
+        "examples": options.examples, "dense": dense, "rows": {}, "versions": versions(),
     }  # fmt: skip
     file = RESULTS / f"predictors-{slug(options.model)}-{options.criterion}.json"
-    file.write_text(json.dumps(facts, indent=2) + "\n")
-    file.with_suffix(".md").write_text(page(facts))
+    for name in options.rows:
+        facts["rows"][name] = measure.row(ROWS[name])
+        print(_line(name, facts["rows"][name]), flush=True)
+        file.write_text(json.dumps(facts, indent=2) + "\n")
+        file.with_suffix(".md").write_text(page(facts))
 
 
 def page(facts: dict[str, Any]) -> str:

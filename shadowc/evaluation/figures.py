@@ -61,7 +61,9 @@ def tenths(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three figures: 27.1, 1,824."""
+    """Three figures or whole numbers: 27.1, 1,824, 1.7e+06."""
+    if abs(value) >= 1e6:
+        return f"{value:.2g}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -103,9 +105,11 @@ def linear(label: str, values: Sequence[float], show: Format = number) -> Axis:
 
 
 def logarithmic(label: str, values: Sequence[float], show: Format = number) -> Axis:
-    """An axis around positive values, with ticks at 1, 2 and 5 or at powers of ten."""
+    """An axis around positive values, with ticks at powers of ten, or closer on a short one."""
     low, high = min(values) / 1.05, max(values) * 1.05
-    steps = (1, 2, 5) if high / low < 1e4 else (1,)
+    steps: Sequence[float] = (1,)
+    if high / low < 1e4:
+        steps = (1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 4, 5, 7)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
     return Axis(label, ticks or [low, high], show, log=True, ends=(low, high))
@@ -132,7 +136,8 @@ def curves(
         width: In pixels.
         height: In pixels.
     """
-    left, right, top, bottom = 62, width - 130, 12, height - 46
+    left = 34 + 7 * max(4, *(len(y.show(tick)) for tick in y.ticks))
+    right, top, bottom = width - 130, 12, height - 46
 
     def place(point: Point) -> Point:
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from shadowc.evaluation import figures
 
 HTML = "report.html"
 _COLORS = {"heads": "#3b6ea5", "neurons": "#6a9a3b"}
+
+
+#: Times dense, above which nobody would run a model.
+_NEAR = 4
 
 
 def describe_artifact(artifact: Artifact) -> dict[str, Any]:
@@ -242,22 +247,27 @@ def render_sweep(result: Mapping[str, Any]) -> str:
 def _perplexity_figures(
     result: Mapping[str, Any], methods: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[str]:
-    """Perplexity over sparsity, and over bytes; a second time without random, which is far off."""
+    """Perplexity over sparsity, and over bytes; a second time where it is of use."""
     dense = result["methods"].get("dense")
     levels = {"dense": dense[0]["perplexity"]} if dense else {}
     units = "neurons" if result["neurons_only"] else "heads and neurons"
-    near = {name: points for name, points in methods.items() if name != "random"}
 
     def pictures(key: str, label: str) -> list[str]:
+        whole = {
+            name: sorted((p[key], p["perplexity"]) for p in points)
+            for name, points in methods.items()
+        }
+        most = _NEAR * levels.get("dense", math.inf)
+        near = {name: [p for p in line if p[1] <= most] for name, line in whole.items()}
+        near = {name: line for name, line in near.items() if len(line) > 1}
         drawn = []
-        for some in [methods, near] if methods.keys() > near.keys() > set() else [methods]:
-            lines = {
-                name: sorted((p[key], p["perplexity"]) for p in points)
-                for name, points in some.items()
-            }
+        for lines, note in ((whole, ""), (near, f", up to {_NEAR} times dense")):
+            if note and lines in ({}, whole):
+                continue
             points = [point for line in lines.values() for point in line]
             x = figures.linear(label, [x for x, _ in points] or [0.0, 1.0], figures.percent)
-            y = figures.logarithmic("perplexity (log)", [*levels.values(), *(y for _, y in points)])
+            values = [*levels.values(), *(y for _, y in points)]
+            y = figures.logarithmic(f"perplexity (log{note})", values)
             drawn.append(figures.curves(f"perplexity over {label}", lines, x, y, levels=levels))
         return drawn
 
