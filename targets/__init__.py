@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from shadowc.runtime.session import Session
 
 #: Target name -> the module whose `make(name)` gives it, imported when it is asked for.
-TARGETS = {"cpu": "shadowc.targets.cpu"} | dict.fromkeys(
+TARGETS = {"cpu": "shadowc.targets.cpu", "onnx-cpu": "shadowc.targets.onnx"} | dict.fromkeys(
     ("a100", "h100", "h200", "l4", "rtx4090"), "shadowc.targets.cuda"
 )
 

@@ -131,6 +131,8 @@ def masks_of(
     for kind, units in (("head", shape.heads), ("neuron", shape.ffn)):
         mask = torch.ones(1, tokens, shape.layers, units, dtype=torch.bool)
         for token, keep in enumerate(keeps, start=prompt):
+            if (kept := keep.get(f"{kind}_keep")) is not None:  # a mask already: bool [L', B, N]
+                mask[0, token, shape.layers - len(kept) :] = kept[:, 0]
             if f"{kind}_index" not in keep:
                 continue
             index, count = keep[f"{kind}_index"], keep[f"{kind}_count"]

@@ -87,9 +87,7 @@ class Writer:
     def grid(self, x: Value, *tail: int) -> Value:
         """The shape [B, T, *tail]; B and T are those of every activation of a graph."""
         lead = self.once("lead", lambda: self.op("Shape", x, start=0, end=2))
-        whole = self.once(
-            ("grid", tail), lambda: self.op("Concat", lead, self.ints(*tail), axis=0)
-        )
+        whole = self.once(("grid", tail), lambda: self.op("Concat", lead, self.ints(*tail), axis=0))
         return whole
 
     def matrix(self, weight: Value) -> Value:

@@ -19,8 +19,10 @@ one module with `torch.cond`.
 from __future__ import annotations
 
 import inspect
+import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,7 @@ from shadowc.kernels import (
 from shadowc.native import keep_mask
 from shadowc.onnx import bodies
 from shadowc.onnx.bodies import DOMAIN, Value, Writer
+from shadowc.onnx.names import DENSE, INPUTS, KINDS, MODEL, PAST, PRESENT
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
 from shadowc.versions import versions
@@ -53,11 +56,6 @@ IR_VERSION = 8
 ABI = 1
 """Contract of the custom nodes, counted up with every change: the library refuses another one."""
 
-MODEL, DENSE = "model.onnx", "dense.onnx"
-"""The artifact's model, and the same weights with nothing skipped: the baseline."""
-
-PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
-KINDS = ("key", "value")
 TYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
@@ -88,6 +86,34 @@ def export(session: Session) -> dict[str, onnx.ModelProto]:
     if step is None:
         return {MODEL: _dense_model(session)}
     return {MODEL: _step_model(session, step), DENSE: _dense_model(session)}
+
+
+def save(models: Mapping[str, onnx.ModelProto], directory: Path) -> None:
+    """Write models whose weights are in the safetensors files of that directory.
+
+    Raises:
+        PassError: If ONNX's own checker refuses a model.
+    """
+    places: dict[str, tuple[str, int, int]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                places[name] = file.name, 8 + size + begin, end - begin
+    for name, model in models.items():
+        for tensor in model.graph.initializer:
+            del tensor.external_data[:]
+            for key, value in zip(("location", "offset", "length"), places[tensor.name],
+                                  strict=True):  # fmt: skip
+                tensor.external_data.add(key=key, value=str(value))
+        (directory / name).write_bytes(model.SerializeToString())
+        try:
+            onnx.checker.check_model(directory / name, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise PassError(f"onnx.checker refuses {name}", got=error) from error
 
 
 def _dense_model(session: Session) -> onnx.ModelProto:
@@ -392,7 +418,6 @@ class _Converter:
         return None if None in parts else self.w.op("Concat", *parts, axis=dim)
 
 
-
 def _unflatten(c: _Converter, x: Value, dim: int, sizes: Sequence[int]) -> Value:
     if dim != -1:
         raise PassError("only the last dimension is unflattened", got=dim)
@@ -478,7 +503,7 @@ def _model(
 ) -> onnx.ModelProto:
     shape = session.shape
     pasts = [PAST.format(i, kind) for i in range(shape.layers) for kind in KINDS]
-    inputs = _value_infos(session, ["input_ids", "attention_mask", "position_ids", *pasts])
+    inputs = _value_infos(session, [*INPUTS, *pasts])
     tensors = []
     for name in weights:
         value = session.tensors[name]
