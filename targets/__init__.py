@@ -23,6 +23,9 @@ TARGETS = {"cpu": "shadowc.targets.cpu", "onnx-cpu": "shadowc.targets.onnx"} | d
     ("a100", "h100", "h200", "l4", "rtx4090"), "shadowc.targets.cuda"
 )
 
+#: Targets that run on a CPU, batches of any size.
+ON_CPU = ("cpu", "onnx-cpu")
+
 
 @dataclass(frozen=True)
 class Dialects:
@@ -47,11 +50,13 @@ class Tolerances:
         decode: Decode against masked program with the same masks, as a share of the largest logit.
         original: Dense program against the original model, once weights were rounded.
         masks: Share of units whose mask may differ.
+        greedy: Length of a greedy continuation that must be that of the masked program.
     """
 
     decode: float
     original: float
     masks: float
+    greedy: int = 0
 
 
 class Target(Protocol):

@@ -177,8 +177,8 @@ def _second(
 ) -> tuple[Value, Value | None]:
     """Second projection, and rows int32 [1, B] that it reads where not all are kept."""
     rows = None
-    zero = w.constant(0.0, np.float32)
     if keep is not None:
+        zero = w.constant(0.0, np.float32)
         hidden = w.op("Where", w.op("Unsqueeze", keep, w.ints(1)), hidden, zero)
         if skip_zeros:
             kept = w.op("Not", w.op("Equal", hidden, zero))
