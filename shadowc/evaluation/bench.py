@@ -249,6 +249,8 @@ def bench(
     left_out = {}
     for name in _variants(artifact, DEFAULT if against is None else against):
         try:
+            if not (session.runs_programs or name.startswith("hugging_face")):
+                raise OptionError(f"{name!r} does not apply: the ONNX model holds one policy")
             variants[name] = makers[name]()
         except ShadowcError as error:
             if against is not None and name != "hugging_face_fp32":

@@ -165,17 +165,17 @@ def _frame(w: Writer) -> dict[str, Value]:
     """What both branches need to know of the inputs.
 
     `tokens` int64 [1] T, `position` int64 [1] slots filled before, `allowed` bool [B, T, position
-    + T]: from the first slot that is not padding on the left up to a token's own.
+    + T]: the slots up to a token's own that are not padding. The library takes padding on the left.
     """
     tokens, total = w.size("input_ids", 1), w.size("attention_mask", 1)
     position = w.op("Sub", total, tokens)
-    start = w.op("ArgMax", w.op("Cast", "attention_mask", to=TensorProto.INT32), axis=1)  # [B, 1]
     zero, one = (w.constant(value, np.int64) for value in (0, 1))
     slots = w.op("Range", zero, w.op("Squeeze", total), one)
     own = w.op("Range", w.op("Squeeze", position), w.op("Squeeze", total), one)
     causal = w.op("LessOrEqual", slots, w.op("Unsqueeze", own, w.ints(1)))  # [T, S]
-    valid = w.op("GreaterOrEqual", slots, w.op("Unsqueeze", start, w.ints(1)))  # [B, 1, S]
-    return {"tokens": tokens, "position": position, "allowed": w.op("And", causal, valid)}
+    text = w.op("Cast", "attention_mask", to=TensorProto.BOOL)
+    allowed = w.op("And", causal, w.op("Unsqueeze", text, w.ints(1)))
+    return {"tokens": tokens, "position": position, "allowed": allowed}
 
 
 class _Layers:
