@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,8 @@ class OnnxCpuTarget(CpuTarget):
     def check_session(self, session: Session) -> Session:
         """In ONNX Runtime, from memory: nothing is written yet."""
         from shadowc.onnx.export import export
-        from shadowc.runtime.onnx import DENSE, OnnxSession, open_model
+        from shadowc.onnx.names import DENSE
+        from shadowc.runtime.onnx import OnnxSession, open_model
 
         models = {}
         for name, model in export(session).items():
@@ -96,10 +96,10 @@ class OnnxCpuTarget(CpuTarget):
     ) -> Session:
         """The models of the directory in ONNX Runtime."""
         self.requires()
-        from shadowc.runtime.onnx import DENSE, MODEL, OnnxSession, open_model
+        from shadowc.onnx.names import DENSE, MODEL
+        from shadowc.runtime.onnx import OnnxSession, open_model
 
-        open_one = partial(open_model, directory / MODEL)
-        models = {MODEL: open_one()}
+        models = {MODEL: open_model(directory / MODEL)}
         if (directory / DENSE).exists():
             models[DENSE] = open_model(directory / DENSE, baseline=True)
         return OnnxSession.of(session, models)

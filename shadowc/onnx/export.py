@@ -65,8 +65,8 @@ TYPES = {
 }
 
 # Importing registers the ops.
-_ = (decode_attention, linear, rms_norm, select, select_above, sparse_gated_mlp, sparse_mlp)
-_ = (sparse_out_proj, sparse_qkv)
+_ = (decode_attention, linear, rms_norm, select, select_above, sparse_gated_mlp, sparse_mlp,
+     sparse_out_proj, sparse_qkv)  # fmt: skip
 aten, ops = torch.ops.aten, torch.ops.shadowc
 
 
@@ -314,7 +314,8 @@ class _Converter:
         if kind not in self.functions:
             names = [*inspect.signature(body).parameters][1 : 1 + len(inputs)]
             w = Writer(half=self.w.half)
-            made = body(w, *(n if g else None for n, g in zip(names, given, strict=True)), **fixed)
+            formal = (n if there else None for n, there in zip(names, given, strict=True))
+            made = body(w, *formal, **fixed)
             self.functions[kind] = helper.make_function(
                 DOMAIN, kind, names, [made] if isinstance(made, str) else [*made], w.nodes,
                 [helper.make_opsetid("", OPSET)], [*attributes],
@@ -372,6 +373,7 @@ class _Converter:
         shape = self.shape
         fixed = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": head_dim,
                  "scale": scale}  # fmt: skip
+        made: Sequence[Value]
         if self.step:
             kept = self._kept(index, shape.heads)
             made = self.node("SparseAttention", bodies.attention, (*inputs, kept), 3, fixed)
