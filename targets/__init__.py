@@ -116,8 +116,13 @@ class Target(Protocol):
             OptionError: If it does not apply.
         """
 
-    def check_session(self, session: Session) -> Session:
-        """Where compile checks the programs: the target's device if it is here."""
+    def check_session(self, session: Session, directory: Path | None = None) -> Session:
+        """Where compile checks the programs: the target's device if it is here.
+
+        Args:
+            session: Programs and tensors.
+            directory: What was written of the artifact, once it was.
+        """
 
     def save(self, session: Session, batch_sizes: Sequence[int], directory: Path) -> None:
         """Write what the target needs besides programs and tensors."""

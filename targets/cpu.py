@@ -99,7 +99,7 @@ class CpuTarget:
             )
         return {}
 
-    def check_session(self, session: Session) -> Session:
+    def check_session(self, session: Session, directory: Path | None = None) -> Session:
         """The session as it is."""
         return session
 

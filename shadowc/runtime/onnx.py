@@ -188,16 +188,13 @@ def _cache_names(shape: ModelShape, pattern: str) -> list[str]:
     return [pattern.format(layer, kind) for layer in range(shape.layers) for kind in KINDS]
 
 
-def open_model(
-    model: Path | bytes, *, baseline: bool = False, tensors: Mapping[str, Tensor] | None = None
-) -> Any:
+def open_model(file: Path, *, baseline: bool = False) -> Any:
     """A session of ONNX Runtime with our library registered.
 
     Args:
-        model: A file, or what would be in it.
+        file: The model, beside the files of its weights.
         baseline: Everything as ONNX Runtime does it by itself. Otherwise it keeps no second copy of
             a weight in another layout or type.
-        tensors: Data of the weights, where there are no files yet; they must outlive the session.
 
     Raises:
         KernelError: If the library cannot be registered.
@@ -221,24 +218,11 @@ def open_model(
             f"{library.name} cannot be registered in ONNX Runtime {onnxruntime.__version__}",
             got=error,
         ) from error
-    if tensors is not None:
-        values = [_ort_value(tensor) for tensor in tensors.values()]
-        options.add_external_initializers([*tensors], values)
     try:
-        source = model if isinstance(model, bytes) else str(model)
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        name = "the model" if isinstance(model, bytes) else model
         raise ArtifactError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {name}",
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {file}",
             got=str(error).strip(),
             fix="compile the artifact again with this version of shadowc",
         ) from error
-
-
-def _ort_value(tensor: Tensor) -> Any:
-    from shadowc.onnx.export import TYPES
-
-    bits = {2: torch.uint16}.get(tensor.element_size(), tensor.dtype)
-    array = tensor.view(bits).numpy()
-    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, TYPES[tensor.dtype])

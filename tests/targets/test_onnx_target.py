@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import safetensors.torch
 import torch
 from onnx import TensorProto
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
@@ -29,7 +30,7 @@ from shadowc.config import Policy
 from shadowc.errors import ArtifactError, KernelError, LengthError, NumericsError, OptionError
 from shadowc.evaluation.bench import bench
 from shadowc.evaluation.numerics import check_numerics
-from shadowc.onnx.export import ABI, IR_VERSION, OPSET
+from shadowc.onnx.export import ABI, IR_VERSION, OPSET, export, save
 from shadowc.onnx.names import DENSE, MODEL
 from shadowc.passes.manager import copy_module
 from shadowc.runtime.loading import load_session
@@ -71,7 +72,7 @@ def llama_artifact(tiny_llama, tmp_path_factory):
     return compiled(tiny_llama, tmp_path_factory.mktemp("one") / "artifact")
 
 
-def session_of(tiny, case, dtype):
+def session_of(tiny, case, dtype, directory):
     """(the target's session, the same programs as torch runs them)."""
     if case == "two taps":
         tiny = tiny.with_taps((0, 2))
@@ -85,7 +86,9 @@ def session_of(tiny, case, dtype):
     torch_ = Session(
         tiny.shape, policy, built.programs, built.packed, built.keep, 64, built.predictor_bytes
     )
-    return target.check_session(torch_), torch_
+    safetensors.torch.save_file(built.packed, directory / "model.safetensors")
+    save(export(torch_), directory)
+    return target.serve(torch_, directory, (1,), allow_jit=False), torch_
 
 
 def run(model, ids, start=(0, 0), chunks=(6, 1, 1, 1)):
@@ -192,8 +195,8 @@ def test_the_check_is_in_the_report(artifact):
     assert {"onnx", "onnxruntime"} <= set(artifact.manifest["versions"])
 
 
-def test_the_check_finds_another_model(tiny_llama):
-    ours, _ = session_of(tiny_llama, "global", torch.float32)
+def test_the_check_finds_another_model(tiny_llama, tmp_path):
+    ours, _ = session_of(tiny_llama, "global", torch.float32, tmp_path)
     other = dict(ours.tensors)
     name = next(n for n in other if n.endswith("down_proj.weight_t"))
     other[name] = other[name] + 0.05
@@ -206,20 +209,20 @@ def test_the_check_finds_another_model(tiny_llama):
 
 
 @pytest.mark.parametrize("case", POLICIES)
-def test_steps_equal_those_of_the_lowered_programs(tiny, case):
+def test_steps_equal_those_of_the_lowered_programs(tiny, case, tmp_path):
     """Keep sets, rows and logits of a padded batch, for every kind of selection."""
     if case == "exact" and tiny.shape.gated:
         pytest.skip("SwiGLU has no exact zeros")
-    _equal_to_torch(tiny, case, torch.float32)
+    _equal_to_torch(tiny, case, torch.float32, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights(tiny, dtype):
-    _equal_to_torch(tiny, "global", dtype)
+def test_half_precision_weights(tiny, dtype, tmp_path):
+    _equal_to_torch(tiny, "global", dtype, tmp_path)
 
 
-def _equal_to_torch(tiny, case, dtype):
-    ours, theirs = session_of(tiny, case, dtype)
+def _equal_to_torch(tiny, case, dtype, directory):
+    ours, theirs = session_of(tiny, case, dtype, directory)
     ids, caches = tiny.ids(), [s.new_cache(2, 16) for s in (ours, theirs)]
     for cache in caches:
         cache.start = torch.tensor([0, 2])
