@@ -72,9 +72,9 @@ class OnnxCpuTarget(CpuTarget):
 
     def check_session(self, session: Session, directory: Path | None = None) -> Session:
         """In ONNX Runtime what was written; before that the programs themselves."""
-        if directory is None:
-            return session
-        return self.serve(session, directory, (1,), allow_jit=False)
+        from shadowc.runtime.onnx import OnnxSession
+
+        return session if directory is None else OnnxSession.of(session, directory, tuned=False)
 
     def save(self, session: Session, batch_sizes: Sequence[int], directory: Path) -> None:
         """Write and check the models, and what ONNX Runtime GenAI wants to know."""
@@ -89,13 +89,9 @@ class OnnxCpuTarget(CpuTarget):
     ) -> Session:
         """The models of the directory in ONNX Runtime."""
         self.requires()
-        from shadowc.onnx.names import DENSE, MODEL
-        from shadowc.runtime.onnx import OnnxSession, open_model
+        from shadowc.runtime.onnx import OnnxSession
 
-        models = {MODEL: open_model(directory / MODEL)}
-        if (directory / DENSE).exists():
-            models[DENSE] = open_model(directory / DENSE, baseline=True)
-        return OnnxSession.of(session, models)
+        return OnnxSession.of(session, directory)
 
 
 def _import_runtime() -> None:

@@ -8,7 +8,6 @@ copies it, as with any exported model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +67,37 @@ class OnnxSession(Session):
     """Runs `model.onnx`, or where the dense baseline is asked for `dense.onnx`."""
 
     runs_programs = False
-    _models: Mapping[str, Any]
+    _directory: Path
+    _tuned: bool
+    _opened: dict[str, Any]
+    _has_step: bool
 
     @classmethod
-    def of(cls, session: Session, models: Mapping[str, Any]) -> OnnxSession:
-        """The session with its models loaded.
+    def of(cls, session: Session, directory: Path, *, tuned: bool = True) -> OnnxSession:
+        """The session with its model loaded; the dense one is when it is asked for.
 
         Args:
             session: Programs and tensors.
-            models: ONNX Runtime's sessions by file name.
+            directory: The artifact.
+            tuned: Whether the dense model gets what makes it fast, a second copy of its weights.
+
+        Raises:
+            ArtifactError: If ONNX Runtime cannot load the model.
         """
         made = cls(
             session.shape, session.policy, session.programs, session.tensors, session.static_keep,
             session.max_seq_len, session.predictor_bytes,
         )  # fmt: skip
-        made._models = models
+        made._directory, made._tuned, made._opened = directory, tuned, {}
+        made._has_step = (directory / DENSE).exists()
+        made._model(MODEL)
         return made
+
+    def _model(self, name: str) -> Any:
+        if name not in self._opened:
+            baseline = self._tuned and (name == DENSE or not self._has_step)
+            self._opened[name] = open_model(self._directory / name, baseline=baseline)
+        return self._opened[name]
 
     def new_cache(self, batch: int, capacity: int | None = None) -> OnnxCache:
         """An empty cache for `batch` rows of up to `capacity` (default S) tokens."""
@@ -104,21 +118,18 @@ class OnnxSession(Session):
         cache.check_room(ids.shape[1])
         prompt = ids.shape[1] > 1 or cache.length == 0
         step = self.step_program(cache)
-        name = program or (self.prompt_program if prompt else step)
-        if name not in ("dense", step) or (prompt and name != "dense"):
+        if program not in (None, "dense") and (prompt or program != step):
             raise ArtifactError(
-                f"program {name!r} is not in the ONNX model", expected=f"dense, or {step}"
+                f"program {program!r} is not in the ONNX model", expected=f"dense, or {step}"
             )
         try:
-            if DENSE in self._models and (prompt or name == step):
-                results = self._step(ids, cache)
-            else:
-                results = self._dense_step(ids, cache)
+            by_policy = self._has_step and program != "dense"
+            results = (self._step if by_policy else self._dense_step)(ids, cache)
         except Exception as error:
             raise KernelError("ONNX Runtime refused the step", got=error) from error
         cache.length += ids.shape[1]
         cache.steps = 0 if prompt else cache.steps + 1
-        if name != step or prompt:
+        if prompt or not by_policy:
             return {"logits": results["logits"]}
         for kind in ("head", "neuron"):
             if (kept := results.get(f"{kind}_keep")) is not None:
@@ -130,7 +141,7 @@ class OnnxSession(Session):
 
     def _step(self, ids: Tensor, cache: OnnxCache) -> dict[str, Tensor]:
         """A prompt, or a token by the policy, in place."""
-        model = self._models[MODEL]
+        model = self._model(MODEL)
         cache.settle()
         if cache.bound is None:
             cache.bound = model.io_binding()
@@ -157,7 +168,7 @@ class OnnxSession(Session):
 
     def _dense_step(self, ids: Tensor, cache: OnnxCache) -> dict[str, Tensor]:
         """Any number of tokens, every unit, with a cache that grows."""
-        model = self._models.get(DENSE, self._models[MODEL])
+        model = self._model(DENSE if self._has_step else MODEL)
         binding = model.io_binding()
         for name, value in zip(_cache_names(self.shape, PAST), cache.grow(), strict=True):
             binding.bind_ortvalue_input(name, value)
