@@ -124,7 +124,11 @@ class OnnxSession(Session):
             )
         try:
             by_policy = self._has_step and program != "dense"
-            results = (self._step if by_policy else self._dense_step)(ids, cache)
+            if by_policy:
+                results = self._step(ids, cache)
+            else:
+                dense = self._model(DENSE if self._has_step else MODEL)
+                results = self.run_grown(dense, ids, cache)
         except Exception as error:
             raise KernelError("ONNX Runtime refused the step", got=error) from error
         cache.length += ids.shape[1]
@@ -166,9 +170,8 @@ class OnnxSession(Session):
         model.run_with_iobinding(cache.bound)
         return results
 
-    def _dense_step(self, ids: Tensor, cache: OnnxCache) -> dict[str, Tensor]:
-        """Any number of tokens, every unit, with a cache that grows."""
-        model = self._model(DENSE if self._has_step else MODEL)
+    def run_grown(self, model: Any, ids: Tensor, cache: OnnxCache) -> dict[str, Tensor]:
+        """Run a model of ONNX Runtime with a cache that grows: what any exported model can do."""
         binding = model.io_binding()
         for name, value in zip(_cache_names(self.shape, PAST), cache.grow(), strict=True):
             binding.bind_ortvalue_input(name, value)
@@ -199,11 +202,12 @@ def _cache_names(shape: ModelShape, pattern: str) -> list[str]:
     return [pattern.format(layer, kind) for layer in range(shape.layers) for kind in KINDS]
 
 
-def open_model(file: Path, *, baseline: bool = False) -> Any:
-    """A session of ONNX Runtime with our library registered.
+def open_model(file: Path, *, library: bool = True, baseline: bool = False) -> Any:
+    """A session of ONNX Runtime.
 
     Args:
         file: The model, beside the files of its weights.
+        library: Whether to register our library; else custom nodes run as their functions.
         baseline: Everything as ONNX Runtime does it by itself. Otherwise it keeps no second copy of
             a weight in another layout or type.
 
@@ -221,14 +225,8 @@ def open_model(file: Path, *, baseline: bool = False) -> Any:
         options.add_session_config_entry(
             "optimization.constant_folding_max_output_size_in_bytes", "65536"
         )
-    library = library_path()
-    try:
-        options.register_custom_ops_library(str(library))
-    except Exception as error:
-        raise KernelError(
-            f"{library.name} cannot be registered in ONNX Runtime {onnxruntime.__version__}",
-            got=error,
-        ) from error
+    if library:
+        _register(options, library_path())
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -236,4 +234,14 @@ def open_model(file: Path, *, baseline: bool = False) -> Any:
             f"ONNX Runtime {onnxruntime.__version__} cannot load {file}",
             got=str(error).strip(),
             fix="compile the artifact again with this version of shadowc",
+        ) from error
+
+
+def _register(options: Any, library: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise KernelError(
+            f"{library.name} cannot be registered in ONNX Runtime {onnxruntime.__version__}",
+            got=error,
         ) from error
