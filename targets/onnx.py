@@ -29,7 +29,7 @@ class OnnxCpuTarget(CpuTarget):
     """ONNX Runtime's CPU provider; see `targets.Target` for the methods."""
 
     name = "onnx-cpu"
-    description = "any ONNX Runtime from 1.17 on; on CPUs fast with shadowc's custom-op library"
+    description = "ONNX Runtime on any CPU; from 1.17 on fast with shadowc's custom-op library"
     head_passes = ()  # a model's logits are those of all tokens
 
     def tolerances(self, dtype: torch.dtype) -> Tolerances:

@@ -331,6 +331,12 @@ class _Converter:
 
     def linear(self, x: Value, weight: Value, bias: Value | None) -> Value:
         """See `bodies.linear`."""
+        if not isinstance(x, str):  # see `attention`
+            raise PassError(
+                "the predictor reads what lies inside of an attention node",
+                expected="a calibration with --feature residual, normed or entry",
+                got="context",
+            )
         if not self.step:
             return bodies.linear(self.w, x, weight, bias)
         # Gemm may do without its bias, and so may this node.
@@ -365,8 +371,6 @@ class _Converter:
         head_dim: int, index: Value | None, count: None,
     ) -> Value:  # fmt: skip
         """A whole attention block."""
-        if isinstance(ctx, str) or len(ctx) != 16:
-            raise PassError("attention that a block does not end in", got=ctx)
         *first, cos, sin, past_key, past_value, _, position, scale, _, _ = ctx
         inputs = (*first, weight_t, bias, residual, cos, sin, past_key, past_value, position,
                   self.frame["allowed"])  # fmt: skip

@@ -27,7 +27,14 @@ from shadowc import native
 from shadowc.artifact import open_artifact
 from shadowc.compiler import build_programs, compile_model
 from shadowc.config import Policy
-from shadowc.errors import ArtifactError, KernelError, LengthError, NumericsError, OptionError
+from shadowc.errors import (
+    ArtifactError,
+    KernelError,
+    LengthError,
+    NumericsError,
+    OptionError,
+    PassError,
+)
 from shadowc.evaluation.bench import bench
 from shadowc.evaluation.numerics import check_numerics
 from shadowc.onnx.export import ABI, IR_VERSION, OPSET, export, save
@@ -425,6 +432,11 @@ def test_masks_that_last_longer_than_a_token(tiny_llama):
             copy_module(tiny_llama.traced), tiny_llama.loaded, tiny_llama.calibration, policy,
             load_target("onnx-cpu"), torch.float32,
         )  # fmt: skip
+
+
+def test_a_feature_inside_of_a_node(tiny_llama, tmp_path):
+    with pytest.raises(PassError, match="inside of an attention node"):
+        session_of(tiny_llama.with_taps((0,), "context"), "global", torch.float32, tmp_path)
 
 
 def test_programs_that_are_not_in_the_model(llama_artifact):
