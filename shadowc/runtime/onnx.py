@@ -138,7 +138,6 @@ class OnnxSession(Session):
         for kind in ("head", "neuron"):
             if (kept := results.get(f"{kind}_keep")) is not None:
                 cache.keep[f"{kind}_keep"] = kept
-                results[f"{kind}_count"] = kept.sum(-1, dtype=torch.int32)
         if (rows := results.pop("rows", None)) is not None:
             results |= {f"rows_{layer}": read for layer, read in enumerate(rows)}
         return results
