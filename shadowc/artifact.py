@@ -84,10 +84,10 @@ def write_artifact(
         manifest: What it shall say of itself, without the files.
         tensors: Packed weights, predictor and keep sets by name.
         programs: Programs as JSON, by name.
-        report: What was measured while compiling.
+        report: What was measured while compiling; written last.
         pretrained: Objects with `save_pretrained`: the model's config, its generation config,
             tokenizer.
-        more: Writes what the target needs besides.
+        more: Writes what the target needs besides, and checks what is there.
 
     Returns:
         The artifact.

@@ -243,7 +243,13 @@ def _show_compile(result: Result) -> None:
         f"{result['neuron_sparsity']:.1%} of the neurons do not run, "
         f"{result['weight_bytes_skipped']:.1%} of the layers' weight bytes are not read"
     )
-    out.print(f"checked: logits within {result['max_abs_error']:.2g} of the masked program")
+    out.print(
+        f"checked: logits within {result['max_abs_error']:.2g} of the masked program "
+        f"(tolerance {result['tolerance']:.2g})"
+    )
+    if "greedy_tokens" in result:
+        equal, tokens = result["greedy_tokens_equal"], result["greedy_tokens"]
+        out.print(f"checked: {equal} of {tokens} greedy tokens are those of the masked program")
     out.print(f"next: shadowc run {result['output']} --prompt 'It was'")
 
 

@@ -50,7 +50,7 @@ def compile_model(
     extra: dict[str, Any] | None = None,
     dump: Path | None = None,
 ) -> artifacts.Artifact:
-    """Compile a model: trace -> masked dialect -> target's programs -> check -> artifact.
+    """Compile a model: trace -> masked dialect -> target's programs -> artifact, checked.
 
     Args:
         loaded: The model, in fp32 or the type of its checkpoint.
@@ -111,9 +111,15 @@ def compile_model(
         max_seq_len or loaded.shape.max_positions,
         predictor_bytes=built.predictor_bytes,
     )
-    checking = backend.check_session(session)
-    checked = check_numerics(checking, loaded, backend.tolerances(dtype))
-    checked["checked_on"] = device_name(checking)
+    report: dict[str, Any] = {}
+
+    def finish(directory: Path) -> None:
+        """Write what the target adds, and check what was written."""
+        backend.save(session, batch_sizes, directory)
+        checking = backend.check_session(session, directory)
+        checked = check_numerics(checking, loaded, backend.tolerances(dtype))
+        checked["checked_on"] = device_name(checking)
+        report["compile"] = checked | {"seconds": round(time.perf_counter() - began, 1)}
 
     manifest = {
         "model": vars(loaded.source),
@@ -135,9 +141,9 @@ def compile_model(
         manifest=manifest,
         tensors=built.packed | {f"keep.{name}": value for name, value in built.keep.items()},
         programs={name: program.to_json() for name, program in built.programs.items()},
-        report={"compile": checked | {"seconds": round(time.perf_counter() - began, 1)}},
+        report=report,
         pretrained=(loaded.model.config, loaded.model.generation_config, loaded.tokenizer),
-        more=partial(backend.save, session, batch_sizes),
+        more=finish,
     )
 
 

@@ -34,13 +34,11 @@ CUDA_LAUNCHERS: dict[str, Callable[..., Any]] = {}
 """What runs an op on CUDA, by the op's name: for finding out what it launches without a GPU."""
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded library, its instruction set chosen.
+def library_file() -> Path:
+    """The library's file.
 
     Raises:
-        KernelError: It is not built, was built from other sources, or `SHADOWC_ISA` names an
-            instruction set that it or this CPU does not have.
+        KernelError: It is not built.
     """
     found = sorted(Path(__file__).parent.glob("_native*.so"))
     if not found:
@@ -49,14 +47,26 @@ def library() -> ctypes.CDLL:
             expected=f"{Path(__file__).parent}/_native*.so",
             fix=_BUILD,
         )
+    return found[0]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library, its instruction set chosen.
+
+    Raises:
+        KernelError: It is not built, was built from other sources, or `SHADOWC_ISA` names an
+            instruction set that it or this CPU does not have.
+    """
+    file = library_file()
     try:
-        loaded = ctypes.CDLL(str(found[0]))
+        loaded = ctypes.CDLL(str(file))
         abi = loaded.shadowc_abi()
     except (OSError, AttributeError) as error:
-        raise KernelError(f"{found[0].name} cannot be loaded", got=error, fix=_BUILD) from error
+        raise KernelError(f"{file.name} cannot be loaded", got=error, fix=_BUILD) from error
     if abi != _ABI:
         raise KernelError(
-            f"{found[0].name} was built from other sources", expected=_ABI, got=abi, fix=_BUILD
+            f"{file.name} was built from other sources", expected=_ABI, got=abi, fix=_BUILD
         )
     loaded.shadowc_isa.argtypes = [ctypes.c_char_p]
     loaded.shadowc_isa.restype = ctypes.c_char_p

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from shadowc.runtime.session import Session
 
 #: Target name -> the module whose `make(name)` gives it, imported when it is asked for.
-TARGETS = {"cpu": "shadowc.targets.cpu"} | dict.fromkeys(
+TARGETS = {"cpu": "shadowc.targets.cpu", "onnx-cpu": "shadowc.targets.onnx"} | dict.fromkeys(
     ("a100", "h100", "h200", "l4", "rtx4090"), "shadowc.targets.cuda"
 )
+
+#: Targets that run on a CPU, batches of any size.
+ON_CPU = ("cpu", "onnx-cpu")
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,13 @@ class Tolerances:
         decode: Decode against masked program with the same masks, as a share of the largest logit.
         original: Dense program against the original model, once weights were rounded.
         masks: Share of units whose mask may differ.
+        greedy: Length of a greedy continuation that must be that of the masked program.
     """
 
     decode: float
     original: float
     masks: float
+    greedy: int = 0
 
 
 class Target(Protocol):
@@ -111,8 +116,13 @@ class Target(Protocol):
             OptionError: If it does not apply.
         """
 
-    def check_session(self, session: Session) -> Session:
-        """Where compile checks the programs: the target's device if it is here."""
+    def check_session(self, session: Session, directory: Path | None = None) -> Session:
+        """Where compile checks the programs: the target's device if it is here.
+
+        Args:
+            session: Programs and tensors.
+            directory: What was written of the artifact, once it was.
+        """
 
     def save(self, session: Session, batch_sizes: Sequence[int], directory: Path) -> None:
         """Write what the target needs besides programs and tensors."""

@@ -31,6 +31,7 @@ class CpuTarget:
 
     name = "cpu"
     lazy_kv = False
+    head_passes: tuple[Pass, ...] = (last_logits,)
     description = "any x86-64 or aarch64 CPU: native kernels, weights in fp32, bf16 or fp16"
 
     def tolerances(self, dtype: torch.dtype) -> Tolerances:
@@ -67,7 +68,7 @@ class CpuTarget:
                 fuse_rms_norm,
                 fuse_sparse_attention,  # before the MLP: both fold the residual add that follows
                 partial(fuse_sparse_mlp, skip_zeros=skip_zeros),
-                last_logits,
+                *self.head_passes,
                 partial(
                     compact_masks, policy=policy, hold=hold
                 ),  # after fusing: it removes `compact`
@@ -98,7 +99,7 @@ class CpuTarget:
             )
         return {}
 
-    def check_session(self, session: Session) -> Session:
+    def check_session(self, session: Session, directory: Path | None = None) -> Session:
         """The session as it is."""
         return session
 

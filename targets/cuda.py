@@ -144,7 +144,7 @@ class CudaTarget:
         least = self.profile.dense_from_batch if dense_from_batch is None else dense_from_batch
         return {"dense_from_batch": least or None, "dense_program": self.profile.dense_program}
 
-    def check_session(self, session: Session) -> Session:
+    def check_session(self, session: Session, directory: Path | None = None) -> Session:
         """On the target's GPU if it is here, otherwise on the ops' references on the CPU."""
         if not self._is_here():
             return session

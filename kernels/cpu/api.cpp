@@ -6,9 +6,10 @@
 #define API extern "C" __attribute__((visibility("default")))
 
 namespace shadowc {
-namespace {
 
 const Table* table = &kGeneric;
+
+namespace {
 
 bool supports(const char* isa) {
   if (std::strcmp(isa, "generic") == 0) return true;

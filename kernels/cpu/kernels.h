@@ -34,6 +34,21 @@ INLINE void in_team(int64_t threads, const Body& body) {
   run((int)threads, [](void* body, const Team& team) { (*(const Body*)body)(team); }, (void*)&body);
 }
 
+// Two steps, the second when all have done the first.
+template <class First, class Second>
+INLINE void in_team(int64_t threads, const First& first, const Second& second) {
+  if (is_lent()) {
+    in_team(threads, first);
+    in_team(threads, second);
+    return;
+  }
+  in_team(threads, [&](const Team& team) {
+    first(team);
+    team.barrier();
+    second(team);
+  });
+}
+
 // Calls body with a value of the weight type, for its type alone.
 template <class Body>
 INLINE void with_dtype(int dtype, const Body& body) {
@@ -277,7 +292,7 @@ INLINE void sum_rows(int64_t rows, int64_t M, int64_t C, int64_t threads, const 
   const int64_t size = M * padded(C);
   float* partial = (float*)scratch(0, parts * size * sizeof(float));
   Counter next;
-  in_team(smaller(threads, parts), [&](const Team& team) {
+  const auto add_up = [&](const Team&) {
     for_tasks(&next, parts, [&](int64_t part) {
       float* acc = partial + part * size;
       for (int64_t i = 0; i < size; ++i) acc[i] = 0;
@@ -285,7 +300,8 @@ INLINE void sum_rows(int64_t rows, int64_t M, int64_t C, int64_t threads, const 
       for (int64_t first = rows * part / parts; first < end; first += kMostUnits)
         body(first, smaller(first + kMostUnits, end), acc);
     });
-    team.barrier();
+  };
+  const auto combine = [&](const Team& team) {
     const int64_t first = C * team.rank / team.size, last = C * (team.rank + 1) / team.size;
     for (int64_t m = 0; m < M; ++m) {
       float* acc = partial + m * padded(C);
@@ -296,7 +312,8 @@ INLINE void sum_rows(int64_t rows, int64_t M, int64_t C, int64_t threads, const 
         y[m * C + c] = residual != nullptr ? residual[m * C + c] + value : value;
       }
     }
-  });
+  };
+  in_team(smaller(threads, parts), add_up, combine);
 }
 
 // ---------------------------------------------------------------------------- projections

@@ -116,6 +116,7 @@ struct Table {
   void (*select_above)(const SelectAbove&);
 };
 
+extern const Table* table;  // of the instruction set in use
 extern const Table kGeneric;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SHADOWC_X86 1

@@ -105,7 +105,20 @@ struct Start {
   }
 } start;
 
+thread_local const Host* lent = nullptr;
+
+struct HostJob {
+  Task task;
+  void* argument;
+  int size;
+  std::atomic<bool> failed{false};  // nothing may be thrown across the host
+};
+
 }  // namespace
+
+Lent::Lent(const Host& host) { lent = &host; }
+Lent::~Lent() { lent = nullptr; }
+bool is_lent() { return lent != nullptr; }
 
 void Team::barrier() const {
   if (size == 1) return;
@@ -120,6 +133,20 @@ void Team::barrier() const {
 }
 
 void run(int threads, Task task, void* argument) {
+  if (lent != nullptr && threads > 1) {
+    HostJob job{task, argument, threads};
+    const auto rank = [](void* job, size_t rank) {
+      HostJob& one = *(HostJob*)job;
+      try {
+        one.task(one.argument, Team{(int)rank, one.size, nullptr});
+      } catch (const std::bad_alloc&) {
+        one.failed = true;
+      }
+    };
+    lent->run(threads, rank, &job);
+    if (job.failed) throw std::bad_alloc();
+    return;
+  }
   if (threads > kMostThreads) threads = kMostThreads;
   if (threads > 1) {
     std::unique_lock<std::mutex> lock(pool->busy, std::try_to_lock);

@@ -21,6 +21,19 @@ using Task = void (*)(void* argument, const Team& team);
 // When another thread is using the pool the task runs on the caller alone.
 void run(int threads, Task task, void* argument);
 
+// Threads of another runtime that a call came from. They may run the ranks of a team one after the
+// other, so these must not wait for one another.
+struct Host {
+  virtual void run(int ranks, void (*rank)(void* job, size_t rank), void* job) const = 0;
+};
+
+// While it lives, what this thread runs goes to the host instead of the pool.
+struct Lent {
+  explicit Lent(const Host& host);
+  ~Lent();
+};
+bool is_lent();
+
 // A 64-byte aligned buffer of the calling thread, kept until the thread asks for a bigger one in
 // the same slot. Contents are undefined.
 void* scratch(int slot, size_t bytes);

@@ -44,6 +44,7 @@ from shadowc.runtime.loading import load
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
+from shadowc.targets import ON_CPU
 from shadowc.versions import versions
 
 #: The ops that choose units.
@@ -248,6 +249,8 @@ def bench(
     left_out = {}
     for name in _variants(artifact, DEFAULT if against is None else against):
         try:
+            if not (session.runs_programs or name.startswith("hugging_face")):
+                raise OptionError(f"{name!r} does not apply: the ONNX model holds one policy")
             variants[name] = makers[name]()
         except ShadowcError as error:
             if against is not None and name != "hugging_face_fp32":
@@ -258,7 +261,7 @@ def bench(
             variant.decode(text[:, :WARM_UP], measured=False)
     _take_turns(list(variants.values()), text[:, WARM_UP:], progress)
     selection = None
-    if session.policy_in_effect(batch) == "sparse":
+    if session.policy_in_effect(batch) == "sparse" and session.runs_programs:
         selection = selection_ms(session, prompt, text[:, :SELECTIONS])
     return _figures(artifact, session, variants, selection) | {
         "peak_memory_bytes": memory,
@@ -491,7 +494,7 @@ def _variants(artifact: Artifact, against: Sequence[str]) -> Iterator[str]:
     for name in AGAINST[1:]:
         if name in against:
             yield {"hf": "hugging_face", "hf-compiled": "hugging_face_compiled"}.get(name, name)
-            if name == "hf" and artifact.manifest["target"] == "cpu" and halves:
+            if name == "hf" and artifact.manifest["target"] in ON_CPU and halves:
                 yield "hugging_face_fp32"
 
 
@@ -662,7 +665,7 @@ def _check(prompt_len: int, new_tokens: int, batch: int, manifest: Mapping[str, 
                              ("batch", batch, 1)):  # fmt: skip
         if value < low:
             raise OptionError(f"--{name} is out of range", expected=f"at least {low}", got=value)
-    most = batch if manifest["target"] == "cpu" else max(manifest.get("batch_sizes", (1,)))
+    most = batch if manifest["target"] in ON_CPU else max(manifest.get("batch_sizes", (1,)))
     if batch > most:
         raise OptionError(
             "--batch is larger than the decode steps that this artifact has kernels for",

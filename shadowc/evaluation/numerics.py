@@ -38,7 +38,8 @@ def check_numerics(session: Session, loaded: LoadedModel, tolerances: Tolerances
     Returns:
         `max_abs_error` (decode against masked, same masks), `mask_mismatch` (share of units),
         `original_max_abs_error` (dense program against the original model), `tolerance` (in
-        logits), and what ran (see `Usage.to_json`).
+        logits), `greedy_tokens_equal` where the target asks for it, and what ran (see
+        `Usage.to_json`).
 
     Raises:
         NumericsError: If a difference exceeds its tolerance; names both sides.
@@ -66,6 +67,8 @@ def check_numerics(session: Session, loaded: LoadedModel, tolerances: Tolerances
         error = float((decoded - ordinary).abs().max())
         _check("lazy", "decode program", error, tolerances.decode, scale)
 
+    allowed = tolerances.decode * scale
+    greedy = _greedy(session, ids[:, :prompt], tolerances.greedy, allowed)
     taught = teacher_forced(session, ids, prompt=prompt)
     mismatch = 0.0
     if "head_mask" in taught:
@@ -87,8 +90,37 @@ def check_numerics(session: Session, loaded: LoadedModel, tolerances: Tolerances
         "mask_mismatch": mismatch,
         "original_max_abs_error": dense_error,
         "tolerance": tolerances.decode * scale,
+        **greedy,
         **usage.to_json(),
     }
+
+
+def _greedy(session: Session, prompt: Tensor, most: int, tolerance: float) -> dict[str, int]:
+    """Continue a prompt by the likeliest tokens, and ask the masked program for its own of each.
+
+    Raises:
+        NumericsError: If one differs where the masked program's choice is not a tie.
+    """
+    begin = prompt.shape[1]
+    count = min(most, session.max_seq_len - begin)
+    if count < 1:
+        return {}
+    cache = session.new_cache(1, begin + count)
+    ids = prompt
+    for _ in range(count):
+        logits = session.step(ids[:, cache.length :], cache)["logits"][:, -1].cpu()
+        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
+    taught = teacher_forced(session, ids[:, :-1], prompt=begin)["logits"][0, begin - 1 :].cpu()
+    found = ids[0, begin:]
+    gap = taught.amax(-1) - taught.gather(1, found[:, None])[:, 0]
+    if not bool((gap <= tolerance).all()):
+        first = int((gap > tolerance).nonzero()[0])
+        raise NumericsError(
+            f"greedy token {first + 1} is not that of the masked program",
+            expected=int(taught[first].argmax()),
+            got=int(found[first]),
+        )
+    return {"greedy_tokens_equal": int((gap == 0).sum()), "greedy_tokens": count}
 
 
 def _decode(
@@ -131,6 +163,8 @@ def masks_of(
     for kind, units in (("head", shape.heads), ("neuron", shape.ffn)):
         mask = torch.ones(1, tokens, shape.layers, units, dtype=torch.bool)
         for token, keep in enumerate(keeps, start=prompt):
+            if (kept := keep.get(f"{kind}_keep")) is not None:  # a mask already: bool [L', B, N]
+                mask[0, token, shape.layers - len(kept) :] = kept[:, 0]
             if f"{kind}_index" not in keep:
                 continue
             index, count = keep[f"{kind}_index"], keep[f"{kind}_count"]

@@ -63,6 +63,8 @@ class Session:
 
     #: Whether a step only starts work, so that it pays to launch the next one early.
     runs_ahead = False
+    #: Whether programs run here operator by operator; else they are models of another runtime.
+    runs_programs = True
     #: Steps of at least so many rows run every unit (on a GPU, where rows share what they read),
     #: by that program; None means that none does.
     dense_from_batch: int | None = None

@@ -63,6 +63,9 @@ class Usage:
         if not any(name.startswith(KEEP_PREFIXES) for name in results):
             self.predictor_bytes = 0.0  # every unit ran: nothing was predicted
         heads = torch.full((shape.layers,), float(shape.heads * batch), dtype=torch.float64)
+        for kind in ("head", "neuron"):  # masks, of runtimes that give those
+            if (kept := results.get(f"{kind}_keep")) is not None:
+                results[f"{kind}_count"] = kept.sum(-1)
         if "head_count" in results:
             heads[1:] = results["head_count"].sum(dim=1, dtype=torch.float64)
         self.heads += heads

@@ -1,0 +1,536 @@
+// The ops as custom ops of ONNX Runtime, of the domain `shadowc`: what shadowc/onnx/bodies.py means.
+//
+// ONNX Runtime's C ABI is a table of functions that only grows. The few entries used here are
+// declared by their places in it, so that building needs no headers of it and nothing is linked.
+// Whatever a model says is checked here: shapes, types, masks. No exception leaves this file.
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+#include <thread>
+
+#include "ops.h"
+#include "pool.h"
+
+extern "C" const char* shadowc_isa(const char* name);
+
+namespace shadowc {
+namespace {
+
+constexpr uint32_t kApiVersion = 17;  // the first with ParallelFor: ONNX Runtime 1.17
+constexpr int64_t kAbi = 1;           // ABI in shadowc/onnx/export.py
+
+// ---------------------------------------------------------------------------- ONNX Runtime
+
+struct Status;
+struct Value;
+struct Shape;
+struct Context;
+struct Info;
+struct Domain;
+struct SessionOptions;
+
+struct Api {
+  void* entry[275];
+
+  template <class R = Status*, class... A>
+  R call(int place, A... arguments) const {
+    return ((R(*)(A...))entry[place])(arguments...);
+  }
+};
+
+struct ApiBase {
+  const Api* (*api)(uint32_t version);
+  const char* (*version)();
+};
+
+enum Entry : int {
+  kCreateStatus = 0,
+  kCreateCustomOpDomain = 26,
+  kCustomOpDomainAdd = 27,
+  kAddCustomOpDomain = 28,
+  kGetTensorMutableData = 51,
+  kGetTensorElementType = 60,
+  kGetDimensionsCount = 61,
+  kGetDimensions = 62,
+  kGetTensorTypeAndShape = 65,
+  kGetAttributeFloat = 85,
+  kGetAttributeInt = 86,
+  kGetAttributeString = 87,
+  kGetInput = 90,
+  kGetOutput = 91,
+  kReleaseStatus = 93,
+  kReleaseTensorTypeAndShape = 99,
+  kParallelFor = 274,
+};
+enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
+enum Type : int { kAny = 0, kFloat = 1, kInt32 = 6, kInt64 = 7, kBool = 9, kHalf = 10, kBf16 = 16 };
+
+struct CustomOp {
+  uint32_t version;
+  void* create_kernel;
+  const char* (*name)(const CustomOp*);
+  const char* (*provider)(const CustomOp*);
+  int (*input_type)(const CustomOp*, size_t);
+  size_t (*inputs)(const CustomOp*);
+  int (*output_type)(const CustomOp*, size_t);
+  size_t (*outputs)(const CustomOp*);
+  void* compute;
+  void (*destroy)(void* kernel);
+  int (*input_characteristic)(const CustomOp*, size_t);
+  int (*output_characteristic)(const CustomOp*, size_t);
+  int (*input_memory)(const CustomOp*, size_t);
+  void* variadic[4];
+  Status* (*create_kernel_v2)(const CustomOp*, const Api*, const Info*, void** kernel);
+  Status* (*compute_v2)(void* kernel, Context*);
+  void* rest[7];
+};
+static_assert(sizeof(CustomOp) == 208);
+
+// An error of ours, by its text, or one that ONNX Runtime gave.
+struct Failure {
+  std::string text;
+  Status* status = nullptr;
+};
+
+void check(Status* status) {
+  if (status != nullptr) throw Failure{"", status};
+}
+
+void require(bool fits, const std::string& text) {
+  if (!fits) throw Failure{text};
+}
+
+// Runs body and turns what it throws into a status.
+template <class Body>
+Status* guarded(const Api* api, const char* name, const Body& body) {
+  std::string text;
+  try {
+    body();
+    return nullptr;
+  } catch (const Failure& failure) {
+    if (failure.status != nullptr) return failure.status;
+    text = failure.text;
+  } catch (const std::exception& error) {
+    text = error.what();
+  }
+  return api->call(kCreateStatus, (int)kInvalidArgument,
+                   ("shadowc::" + std::string(name) + ": " + text).c_str());
+}
+
+// ---------------------------------------------------------------------------- one call of a node
+
+struct Input {
+  const char* name;
+  int type;
+  bool optional = false;
+};
+
+struct Node;
+
+struct Op : CustomOp {
+  const char* title;
+  const Input* input;
+  size_t input_count;
+  const int* output;
+  size_t output_count;
+  void (*run)(const Node&, class Call&);
+};
+
+// What a node says of itself; never changed once made, as sessions run it from many threads.
+struct Node {
+  const Op* op;
+  const Api* api;
+  int64_t heads = 0, kv_heads = 0, head_dim = 0, keep = 0, floor = 0;
+  int activation = 0;
+  bool skip_zeros = false, local = false;
+  float scale = 0;
+};
+
+struct Tensor {
+  void* data = nullptr;
+  int type = 0;
+  size_t rank = 0;
+  int64_t dim[4] = {};
+  template <class T>
+  T* as() const {
+    return (T*)data;
+  }
+};
+
+int team_size() {
+  static const unsigned found = std::thread::hardware_concurrency();
+  return found == 0 ? 1 : (int)found;
+}
+
+class Call : public Host {
+ public:
+  Call(const Node& node, Context* context) : node_(node), context_(context) {}
+
+  // ONNX Runtime's threads run what the kernels share out.
+  void run(int ranks, void (*rank)(void* job, size_t rank), void* job) const override {
+    check(node_.api->call(kParallelFor, (const Context*)context_, rank, (size_t)ranks, (size_t)0,
+                          job));
+  }
+
+  // An input, checked against its declaration.
+  Tensor input(size_t place) const {
+    const Input& wanted = node_.op->input[place];
+    const Api& api = *node_.api;
+    const Value* value = nullptr;
+    check(api.call(kGetInput, (const Context*)context_, place, &value));
+    Tensor found;
+    if (value == nullptr) {
+      require(wanted.optional, std::string(wanted.name) + " is missing");
+      return found;
+    }
+    Shape* shape = nullptr;
+    check(api.call(kGetTensorTypeAndShape, value, &shape));
+    check(api.call(kGetTensorElementType, (const Shape*)shape, &found.type));
+    check(api.call(kGetDimensionsCount, (const Shape*)shape, &found.rank));
+    if (found.rank <= 4) check(api.call(kGetDimensions, (const Shape*)shape, found.dim, found.rank));
+    api.call<void>(kReleaseTensorTypeAndShape, shape);
+    require(found.rank <= 4, std::string(wanted.name) + " has more than 4 dimensions");
+    check(api.call(kGetTensorMutableData, (Value*)value, &found.data));
+    return found;
+  }
+
+  // An input of that shape; -1 is any size.
+  Tensor input(size_t place, std::initializer_list<int64_t> dims) const {
+    const Tensor found = input(place);
+    if (found.data == nullptr && found.rank == 0) return found;
+    bool fits = found.rank == dims.size();
+    size_t i = 0;
+    for (int64_t dim : dims) fits = fits && (dim < 0 || dim == found.dim[i]), ++i;
+    if (!fits) {
+      std::string text = std::string(node_.op->input[place].name) + " does not fit: expected [";
+      for (int64_t dim : dims) text += (dim < 0 ? "any" : std::to_string(dim)) + " ";
+      text += "], got [";
+      for (size_t d = 0; d < found.rank; ++d) text += std::to_string(found.dim[d]) + " ";
+      throw Failure{text + "]"};
+    }
+    return found;
+  }
+
+  void* output(size_t place, std::initializer_list<int64_t> dims) const {
+    Value* value = nullptr;
+    void* data = nullptr;
+    check(node_.api->call(kGetOutput, context_, place, dims.begin(), dims.size(), &value));
+    check(node_.api->call(kGetTensorMutableData, value, &data));
+    return data;
+  }
+
+ private:
+  const Node& node_;
+  Context* context_;
+};
+
+// The type of matrices, which share one.
+int dtype_of(std::initializer_list<const Tensor*> matrices) {
+  const int type = (*matrices.begin())->type;
+  for (const Tensor* matrix : matrices)
+    require(matrix->type == type, "matrices of different types");
+  if (type == kFloat) return kFloat32;
+  if (type == kBf16) return kBfloat16;
+  require(type == kHalf, "matrices must be float32, bfloat16 or float16, got type " +
+                             std::to_string(type));
+  return kFloat16;
+}
+
+// Hands out a thread's buffer piece by piece; the kernels use the other slots.
+class Room {
+ public:
+  explicit Room(size_t bytes) : next_((char*)scratch(2, bytes)) {}
+  static size_t size(size_t bytes) { return (bytes + 63) / 64 * 64; }
+  template <class T>
+  T* take(int64_t n) {
+    T* taken = (T*)next_;
+    next_ += size(n * sizeof(T));
+    return taken;
+  }
+
+ private:
+  char* next_;
+};
+
+size_t keep_size(int64_t B, int64_t N) {
+  return Room::size(B * N * sizeof(int32_t)) + Room::size(B * sizeof(int32_t));
+}
+
+// The keep set that a mask [1 or B, N] says.
+Keep keep_of(const Tensor& mask, int64_t B, int64_t N, int64_t rows_a_unit, Room& room) {
+  require(mask.dim[0] == 1 || mask.dim[0] == B, "keep must have a row for all or for each");
+  int32_t *index = room.take<int32_t>(B * N), *count = room.take<int32_t>(B);
+  bool whole = true;
+  for (int64_t b = 0; b < B; ++b) {
+    const uint8_t* kept = mask.as<uint8_t>() + (mask.dim[0] == 1 ? 0 : b * N);
+    int32_t n = 0;
+    for (int32_t i = 0; i < N; ++i) {
+      index[b * N + n] = i;  // what is written too much, a later unit writes over
+      n += kept[i] != 0;
+    }
+    count[b] = n;
+    whole = whole && n == N;
+  }
+  if (whole) return {nullptr, nullptr, N, rows_a_unit};
+  return {index, count, N, rows_a_unit};
+}
+
+// ---------------------------------------------------------------------------- the ops
+
+constexpr Input kLinearInputs[] = {{"x", kFloat}, {"weight", kAny}, {"bias", kFloat, true}};
+
+void linear(const Node&, Call& call) {
+  const Tensor x = call.input(0, {-1, -1, -1}), weight = call.input(1, {-1, x.dim[2]});
+  const int64_t rows = weight.dim[0];
+  const Tensor bias = call.input(2, {rows});
+  float* y = (float*)call.output(0, {x.dim[0], x.dim[1], rows});
+  table->project({x.as<float>(), {{weight.data, bias.as<float>(), y, rows, {}}}, 1,
+                  x.dim[0] * x.dim[1], 1, x.dim[2], team_size(), dtype_of({&weight})});
+}
+
+constexpr Input kMlpInputs[] = {{"x", kFloat},    {"w1", kAny},         {"b1", kFloat, true},
+                                {"w2t", kAny},    {"b2", kFloat, true}, {"residual", kFloat, true},
+                                {"keep", kBool}};
+constexpr Input kGatedInputs[] = {{"x", kFloat},  {"gate", kAny},
+                                  {"up", kAny},   {"downt", kAny},
+                                  {"residual", kFloat, true}, {"keep", kBool}};
+
+void mlp_of(const Node& node, Call& call, bool gated) {
+  const Tensor x = call.input(0, {-1, -1, -1});
+  const int64_t B = x.dim[0], T = x.dim[1], C = x.dim[2];
+  const Tensor w1 = call.input(1, {-1, C});
+  const int64_t F = w1.dim[0];
+  const Tensor up = gated ? call.input(2, {F, C}) : w1;
+  const Tensor b1 = gated ? Tensor{} : call.input(2, {F});
+  const Tensor w2t = call.input(3, {F, C});
+  const Tensor b2 = gated ? Tensor{} : call.input(4, {C});
+  const size_t next = gated ? 4 : 5;
+  const Tensor residual = call.input(next, {B, T, C}), mask = call.input(next + 1, {-1, F});
+  float* y = (float*)call.output(0, {B, T, C});
+  int32_t* rows = (int32_t*)call.output(1, {1, B});
+  if (B * T == 0) return;
+  Room room(keep_size(B, F));
+  table->mlp({x.as<float>(), w1.data, gated ? up.data : nullptr, b1.as<float>(), w2t.data,
+              b2.as<float>(), residual.as<float>(), y, rows, keep_of(mask, B, F, 1, room), B * T,
+              T, C, F, node.activation, node.skip_zeros, team_size(),
+              dtype_of({&w1, &up, &w2t})});
+}
+
+void mlp(const Node& node, Call& call) { mlp_of(node, call, false); }
+void gated_mlp(const Node& node, Call& call) { mlp_of(node, call, true); }
+
+constexpr Input kAttentionInputs[] = {
+    {"x", kFloat},           {"wq", kAny},           {"bq", kFloat, true},
+    {"wk", kAny},            {"bk", kFloat, true},   {"wv", kAny},
+    {"bv", kFloat, true},    {"wot", kAny},          {"bo", kFloat, true},
+    {"residual", kFloat, true}, {"cos", kFloat, true}, {"sin", kFloat, true},
+    {"past_key", kFloat},    {"past_value", kFloat}, {"position", kInt64},
+    {"allowed", kBool},      {"keep", kBool}};
+
+// The first slot that a row sees, of one run that ends with the last slot; `total` if it sees none.
+int64_t first_seen(const uint8_t* allowed, int64_t total) {
+  int64_t start = 0;
+  while (start < total && !allowed[start]) ++start;
+  for (int64_t s = start; s < total; ++s)
+    require(allowed[s], "allowed has a gap: padding must be on the left");
+  return start;
+}
+
+void attention(const Node& node, Call& call) {
+  const int64_t H = node.heads, G = node.kv_heads, D = node.head_dim;
+  const Tensor x = call.input(0, {-1, 1, -1});
+  const int64_t B = x.dim[0], C = x.dim[2];
+  const Tensor wq = call.input(1, {H * D, C}), bq = call.input(2, {H * D});
+  const Tensor wk = call.input(3, {G * D, C}), bk = call.input(4, {G * D});
+  const Tensor wv = call.input(5, {G * D, C}), bv = call.input(6, {G * D});
+  const Tensor wot = call.input(7, {H * D, C}), bo = call.input(8, {C});
+  const Tensor residual = call.input(9, {B, 1, C});
+  const Tensor cos = call.input(10, {B, 1, D}), sin = call.input(11, {B, 1, D});
+  require((cos.data == nullptr) == (sin.data == nullptr), "cos and sin come together");
+  const Tensor past_key = call.input(12, {B, G, -1, D});
+  const int64_t slots = past_key.dim[2];
+  const Tensor past_value = call.input(13, {B, G, slots, D});
+  const Tensor position = call.input(14, {1});
+  const int64_t filled = *position.as<int64_t>(), total = filled + 1;
+  require(filled >= 0, "attention_mask is shorter than the new tokens");
+  // As long as what is filled, the cache grows; longer, it is memory for the whole sequence.
+  const bool grows = slots == filled;
+  require(slots >= filled && (grows || slots >= total),
+          "the cache has " + std::to_string(slots) + " slots, attention_mask says that " +
+              std::to_string(filled) + " are filled");
+  const Tensor allowed = call.input(15, {B, 1, total}), mask = call.input(16, {-1, H});
+  const int dtype = dtype_of({&wq, &wk, &wv, &wot});
+
+  const int64_t S = grows ? total : slots;
+  float* y = (float*)call.output(0, {B, 1, C});
+  float* present[2] = {(float*)call.output(1, {B, G, S, D}), (float*)call.output(2, {B, G, S, D})};
+  const float* past[2] = {past_key.as<float>(), past_value.as<float>()};
+  for (int i = 0; i < 2; ++i)  // memory that past and present share is not touched
+    for (int64_t bg = 0; present[i] != past[i] && bg < B * G; ++bg)
+      if (filled > 0)
+        std::memcpy(present[i] + bg * S * D, past[i] + bg * slots * D, filled * D * sizeof(float));
+  if (B == 0) return;
+
+  const int64_t queries = B * H * D, keys = B * G * D;
+  Room room(keep_size(B, H) + Room::size(B * sizeof(int64_t)) +
+            2 * Room::size(queries * sizeof(float)) + 2 * Room::size(keys * sizeof(float)));
+  const Keep heads = keep_of(mask, B, H, D, room);
+  int64_t* start = room.take<int64_t>(B);
+  for (int64_t b = 0; b < B; ++b) start[b] = first_seen(allowed.as<uint8_t>() + b * total, total);
+  float *q = room.take<float>(queries), *ctx = room.take<float>(queries);
+  float *k = room.take<float>(keys), *v = room.take<float>(keys);
+  const int threads = team_size();
+  table->project({x.as<float>(),
+                  {{wq.data, bq.as<float>(), q, H * D, heads},
+                   {wk.data, bk.as<float>(), k, G * D, {}},
+                   {wv.data, bv.as<float>(), v, G * D, {}}},
+                  3, B, 1, C, threads, dtype});
+  table->attention({q, k, v, cos.as<float>(), sin.as<float>(), present[0], present[1], start,
+                    &filled, ctx, {heads.index, heads.count, H, D}, B, H, G, D, S, node.scale,
+                    threads});
+  table->out_proj({ctx, wot.data, bo.as<float>(), residual.as<float>(), y, H * D, heads, B, 1, C,
+                   threads, dtype});
+}
+
+constexpr Input kSelectInputs[] = {{"scores", kFloat}};
+
+void select(const Node& node, Call& call) {
+  const Tensor scores = call.input(0, {-1, -1, -1});
+  const int64_t B = scores.dim[0], L = scores.dim[1], N = scores.dim[2];
+  require(node.keep >= 0 && node.keep <= L * N, "keep is more than there are units");
+  require(node.local || (node.floor >= 0 && node.floor <= N && L * node.floor <= node.keep),
+          "floor is more than keep allows");
+  uint8_t* mask = (uint8_t*)call.output(0, {L, B, N});
+  Room room(keep_size(L * B, N));
+  int32_t *index = room.take<int32_t>(L * B * N), *count = room.take<int32_t>(L * B);
+  table->select({scores.as<float>(), index, count, B, L, N, node.keep, node.floor, node.local,
+                 team_size()});
+  std::memset(mask, 0, L * B * N);
+  for (int64_t row = 0; row < L * B; ++row)
+    for (int32_t i = 0; i < count[row]; ++i) mask[row * N + index[row * N + i]] = 1;
+}
+
+// ---------------------------------------------------------------------------- the table of ops
+
+int64_t integer(const Api* api, const Info* info, const char* name) {
+  int64_t value = 0;
+  check(api->call(kGetAttributeInt, info, name, &value));
+  return value;
+}
+
+Status* create(const CustomOp* op, const Api* api, const Info* info, void** kernel) {
+  const Op* own = (const Op*)op;
+  return guarded(api, own->title, [&] {
+    int64_t abi = 0;
+    Status* missing = api->call(kGetAttributeInt, info, "abi", &abi);
+    if (missing != nullptr) api->call<void>(kReleaseStatus, missing);
+    require(abi == kAbi, "the model was exported for ABI " + std::to_string(abi) +
+                             " of the custom ops, this library has " + std::to_string(kAbi) +
+                             "; export the model again, or use the library of its version");
+    Node made{own, api};
+    if (own->run == attention) {
+      made.heads = integer(api, info, "heads");
+      made.kv_heads = integer(api, info, "kv_heads");
+      made.head_dim = integer(api, info, "head_dim");
+      check(api->call(kGetAttributeFloat, info, "scale", &made.scale));
+      require(made.kv_heads > 0 && made.heads > 0 && made.heads % made.kv_heads == 0 &&
+                  made.head_dim > 0 && made.head_dim <= 256 && made.head_dim % 8 == 0,
+              "heads must be a multiple of kv_heads, head_dim one of 8 up to 256");
+    } else if (own->run == select) {
+      made.keep = integer(api, info, "keep");
+      made.floor = integer(api, info, "floor");
+      made.local = integer(api, info, "local") != 0;
+    } else if (own->run != linear) {
+      char name[16] = {};
+      size_t size = sizeof name;
+      check(api->call(kGetAttributeString, info, "activation", name, &size));
+      const char* const known[] = {"relu", "silu", "gelu"};
+      for (made.activation = 0; made.activation < 3; ++made.activation)
+        if (std::strcmp(name, known[made.activation]) == 0) break;
+      require(made.activation < 3, "activation must be relu, silu or gelu");
+      made.skip_zeros = integer(api, info, "skip_zeros") != 0;
+    }
+    *kernel = new Node(made);
+  });
+}
+
+Status* compute(void* kernel, Context* context) {
+  const Node& node = *(const Node*)kernel;
+  return guarded(node.api, node.op->title, [&] {
+    Call call(node, context);
+    const Lent lent(call);
+    node.op->run(node, call);
+  });
+}
+
+template <size_t I, size_t O>
+Op op(const char* title, const Input (&inputs)[I], const int (&outputs)[O],
+      void (*run)(const Node&, Call&)) {
+  Op made{};
+  made.version = kApiVersion;
+  made.title = title;
+  made.input = inputs;
+  made.input_count = I;
+  made.output = outputs;
+  made.output_count = O;
+  made.run = run;
+  made.name = [](const CustomOp* o) { return ((const Op*)o)->title; };
+  made.provider = [](const CustomOp*) -> const char* { return nullptr; };
+  made.input_type = [](const CustomOp* o, size_t i) { return ((const Op*)o)->input[i].type; };
+  made.inputs = [](const CustomOp* o) { return ((const Op*)o)->input_count; };
+  made.output_type = [](const CustomOp* o, size_t i) { return ((const Op*)o)->output[i]; };
+  made.outputs = [](const CustomOp* o) { return ((const Op*)o)->output_count; };
+  made.destroy = [](void* kernel) { delete (Node*)kernel; };
+  made.input_characteristic = [](const CustomOp* o, size_t i) {
+    return (int)((const Op*)o)->input[i].optional;
+  };
+  made.output_characteristic = [](const CustomOp*, size_t) { return 0; };
+  made.input_memory = [](const CustomOp*, size_t) { return 0; };
+  made.create_kernel_v2 = create;
+  made.compute_v2 = compute;
+  return made;
+}
+
+constexpr int kOneFloat[] = {kFloat};
+constexpr int kFloatAndRows[] = {kFloat, kInt32};
+constexpr int kThreeFloats[] = {kFloat, kFloat, kFloat};
+constexpr int kMask[] = {kBool};
+
+const Op* ops(size_t i) {
+  static const Op all[] = {
+      op("Linear", kLinearInputs, kOneFloat, linear),
+      op("SparseMLP", kMlpInputs, kFloatAndRows, mlp),
+      op("SparseGatedMLP", kGatedInputs, kFloatAndRows, gated_mlp),
+      op("SparseAttention", kAttentionInputs, kThreeFloats, attention),
+      op("Select", kSelectInputs, kMask, select),
+  };
+  return i < sizeof all / sizeof *all ? &all[i] : nullptr;
+}
+
+}  // namespace
+}  // namespace shadowc
+
+using namespace shadowc;
+
+// What ONNX Runtime calls when the library is registered in a session's options.
+extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(
+    SessionOptions* options, const ApiBase* base) {
+  const Api* api = base->api(kApiVersion);
+  if (api == nullptr) {
+    const std::string text = std::string("shadowc's custom ops need ONNX Runtime 1.17 or newer, "
+                                         "this is ") + base->version();
+    return base->api(1)->call(kCreateStatus, (int)kNotImplemented, text.c_str());
+  }
+  if (shadowc_isa(std::getenv("SHADOWC_ISA")) == nullptr)
+    return api->call(kCreateStatus, (int)kInvalidArgument,
+                     "SHADOWC_ISA names an instruction set that is not available here");
+  return guarded(api, "RegisterCustomOps", [&] {
+    // One domain a registration: it must outlive its sessions, of which nobody tells the end.
+    Domain* domain = nullptr;
+    check(api->call(kCreateCustomOpDomain, "shadowc", &domain));
+    for (size_t i = 0; ops(i) != nullptr; ++i)
+      check(api->call(kCustomOpDomainAdd, domain, (const CustomOp*)ops(i)));
+    check(api->call(kAddCustomOpDomain, options, domain));
+  });
+}
