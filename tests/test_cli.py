@@ -545,7 +545,7 @@ def test_eval_of_a_calibration_is_a_sweep(calibration, tmp_path, invoke):
     code, text, _ = invoke(*command, "--json")
     assert code == 0
     result = json.loads(text)
-    assert list(result["methods"]) == ["shadow", "dense", "static"]
+    assert list(result["methods"]) == ["layerwise", "dense", "static"]
     assert [point["sparsity"] for point in result["methods"]["static"]] == [0.3, 0.6]
     report = json.loads((output / "report.json").read_text())
     assert report == {k: v for k, v in result.items() if k not in ("output", "seconds")}
