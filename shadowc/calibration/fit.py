@@ -82,7 +82,7 @@ class FitOptions:
     def __post_init__(self) -> None:
         """Refuse what cannot be fitted."""
         if not self.predictor:
-            one = self.every or self.fit == "paper" or self.feature == "context"
+            one = self.every is not None or self.fit == "paper" or self.feature == "context"
             object.__setattr__(self, "predictor", "shadow" if one else DEFAULT_PREDICTOR)
         for name, value, known in (
             ("predictor", self.predictor, PREDICTORS),
