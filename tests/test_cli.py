@@ -312,6 +312,23 @@ def test_a_threshold_for_one_predictor(invoke):
     refused(invoke(*COMPILE, calibration, *static), "fixed scores need no threshold")
 
 
+def test_onnx_from_compile_to_bench(invoke, calibration):
+    code, out, err = invoke("compile", calibration, "--target", "onnx-cpu", "--max-seq-len", "128",
+                            "--output", "onnx", "--json")  # fmt: skip
+    assert code == 0, err
+    compiled = json.loads(out)
+    assert compiled["greedy_tokens"] == compiled["greedy_tokens_equal"] == 64
+    code, out, _ = invoke("run", "onnx", "--prompt", "It was", "--max-new-tokens", "8", "--json")
+    assert code == 0 and json.loads(out)["tokens"] == 8
+    code, out, _ = invoke("bench", "onnx", "--prompt-len", "16", "--new-tokens", "24",
+                          "--no-hugging-face", "--json")  # fmt: skip
+    found = json.loads(out)
+    assert found["policy_in_effect"] == "sparse" and found["dense_ms_per_token"] > 0
+    assert found["weight_bytes_skipped"] == pytest.approx(compiled["weight_bytes_skipped"], abs=0.1)
+    refused(invoke("compile", calibration, "--target", "onnx-cpu", "--refresh", "prompt"),
+            "from one token to the next", "--refresh token")  # fmt: skip
+
+
 def test_inspect_says_what_a_directory_is(artifact, calibration, invoke):
     code, out, _ = invoke("inspect", artifact, "--json")
     found = json.loads(out)

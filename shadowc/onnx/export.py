@@ -131,8 +131,7 @@ def _step_model(session: Session, step: str) -> onnx.ModelProto:
     """A prompt dense, then token by token what the policy keeps."""
     w = Writer(half=_half(session))
     frame = _frame(w)
-    one = w.ints(1)
-    many = w.op("Greater", frame["tokens"], one)
+    many = w.op("Greater", frame["tokens"], w.ints(1))
     first = w.op("Equal", frame["position"], w.ints(0))
     prompt = w.op("Squeeze", w.op("Or", many, first))
 

@@ -122,13 +122,11 @@ class OnnxSession(Session):
             raise ArtifactError(
                 f"program {program!r} is not in the ONNX model", expected=f"dense, or {step}"
             )
+        by_policy = self._has_step and program != "dense"
+        model = self._model(DENSE if self._has_step and not by_policy else MODEL)
         try:
-            by_policy = self._has_step and program != "dense"
-            if by_policy:
-                results = self._step(ids, cache)
-            else:
-                dense = self._model(DENSE if self._has_step else MODEL)
-                results = self.run_grown(dense, ids, cache)
+            run = self._run_in_place if by_policy else self.run_grown
+            results = run(model, ids, cache)
         except Exception as error:
             raise KernelError("ONNX Runtime refused the step", got=error) from error
         cache.length += ids.shape[1]
@@ -142,9 +140,8 @@ class OnnxSession(Session):
             results |= {f"rows_{layer}": read for layer, read in enumerate(rows)}
         return results
 
-    def _step(self, ids: Tensor, cache: OnnxCache) -> dict[str, Tensor]:
-        """A prompt, or a token by the policy, in place."""
-        model = self._model(MODEL)
+    def _run_in_place(self, model: Any, ids: Tensor, cache: OnnxCache) -> dict[str, Tensor]:
+        """Run the model with the cache where it is."""
         cache.settle()
         if cache.bound is None:
             cache.bound = model.io_binding()

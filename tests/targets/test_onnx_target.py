@@ -322,6 +322,17 @@ def test_generate_gives_the_tokens_of_the_cpu_target(tiny, artifact_of):
         assert torch.equal(found, wanted)
 
 
+def test_a_model_that_skips_nothing_is_plain_onnx(tiny_llama, tmp_path):
+    """One file, which grows its cache as any exported model does."""
+    artifact = compiled(tiny_llama, tmp_path / "artifact", Policy(0.0, 0.0))
+    assert not (artifact.path / DENSE).exists()
+    ours, theirs, ids = shadowc.load(artifact.path), tiny_llama.loaded.model, tiny_llama.ids()
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    found = [model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+             for model in (ours, theirs)]  # fmt: skip
+    assert torch.equal(*found)
+
+
 @pytest.fixture
 def artifact_of(request, tmp_path):
     def make(tiny):
