@@ -75,10 +75,11 @@ def check_numerics(session: Session, loaded: LoadedModel, tolerances: Tolerances
         heads, neurons = masks_of(keeps, session.shape, prompt)
         wrong = (heads != taught["head_mask"]).sum() + (neurons != taught["neuron_mask"]).sum()
         mismatch = float(wrong) / ((heads.numel() + neurons.numel()) * (1 - prompt / tokens))
-        if mismatch > tolerances.masks:
+        most = mask_tolerance(session, tolerances)
+        if mismatch > most:
             raise NumericsError(
                 "the decode program selects other units than the masked program",
-                expected=f"at most {tolerances.masks:.2%} of all units",
+                expected=f"at most {most:.2%} of all units",
                 got=f"{mismatch:.2%}",
             )
         session = session.with_program("given_masks", with_given_masks(session.programs["masked"]))
@@ -93,6 +94,18 @@ def check_numerics(session: Session, loaded: LoadedModel, tolerances: Tolerances
         **greedy,
         **usage.to_json(),
     }
+
+
+def mask_tolerance(session: Session, tolerances: Tolerances) -> float:
+    """Share of units whose mask may differ.
+
+    A unit whose score is at its threshold may fall on either side by rounding, and what it adds
+    then changes what the predictors after it read, so differences grow from tap to tap
+    (smollm2-135m in bf16, a tap in each of 30 layers: 0.3%).
+    """
+    names = session.programs["masked"].weights
+    taps = {name.split(".")[1] for name in names if name.startswith("predictor.")}
+    return max(tolerances.masks, min(tolerances.masks * len(taps), 0.05))
 
 
 def _greedy(session: Session, prompt: Tensor, most: int, tolerance: float) -> dict[str, int]:
