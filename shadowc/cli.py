@@ -174,7 +174,7 @@ def calibrate(
         typer.Option(help=" | ".join(config.FEATURES) + " (default: residual; layerwise: entry)."),
     ] = None,
     taps: Annotated[
-        int | None, typer.Option(help="A predictor at every so-manieth layer (default: one).")
+        int | None, typer.Option(help="shadow with a predictor at every so-manieth layer.")
     ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Width of a predictor (default: as its kind needs).")
@@ -198,7 +198,7 @@ def calibrate(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
-    """Measure which units matter and fit the predictor."""
+    """Measure which units matter and fit the predictors."""
     _choice("device", device, ("auto", "cpu"))
     with _busy(f"loading {model}"):
         from shadowc.calibration.data import calibration_examples
@@ -280,7 +280,9 @@ def compile_(
     ] = None,
     selection: Annotated[
         str | None,
-        typer.Option(help=" | ".join(config.SELECTIONS) + " (default: topk with one predictor)."),
+        typer.Option(
+            help=" | ".join(config.SELECTIONS) + " (default: threshold; topk with one predictor)."
+        ),
     ] = None,
     predictor: Annotated[
         str | None, typer.Option(help="static: use the mean scores instead of the predictor.")

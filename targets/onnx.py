@@ -48,10 +48,7 @@ class OnnxCpuTarget(CpuTarget):
         *,
         sparse: bool,
         static: bool,
-        relu: bool,
-        dtype: torch.dtype,
-        lazy: bool = False,
-        dump: Path | None = None,
+        **settings: Any,
     ) -> tuple[dict[str, Program], Packed]:
         """As the `cpu` target does.
 
@@ -65,10 +62,7 @@ class OnnxCpuTarget(CpuTarget):
                 got="prompt" if policy.refresh == 0 else policy.refresh,
                 fix="compile for the cpu target, or with --predictor static",
             )
-        return super().lower(
-            dialects, policy, sparse=sparse, static=static, relu=relu, dtype=dtype, lazy=lazy,
-            dump=dump,
-        )  # fmt: skip
+        return super().lower(dialects, policy, sparse=sparse, static=static, **settings)
 
     def check_session(self, session: Session, directory: Path | None = None) -> Session:
         """In ONNX Runtime what was written; before that the programs themselves."""
