@@ -24,6 +24,7 @@ from rich.table import Table
 from shadowc import budget, targets
 from shadowc.calibration.data import calibration_examples, evaluation_windows
 from shadowc.calibration.fit import FitOptions, calibrate
+from shadowc.calibration.progress import showing
 from shadowc.calibration.store import Calibration, save_calibration
 from shadowc.compiler import build_programs
 from shadowc.config import Policy
@@ -92,7 +93,8 @@ def run_model(model: Model, output: Path) -> dict[str, Any]:
     say(f"{model.name}: calibrating {' and '.join(CRITERIA)} in one pass")
     loaded = load_model(model.name)
     examples = calibration_examples(loaded, "pydoc", model.examples, SEQ_LEN, seed=0)
-    calibrations = calibrate(loaded, examples, FitOptions(CRITERIA), progress=True)
+    with showing("bar") as progress:
+        calibrations = calibrate(loaded, examples, FitOptions(CRITERIA), progress=progress)
     for calibration in calibrations:
         save_calibration(calibration, directory(output, model, calibration.criterion))
 

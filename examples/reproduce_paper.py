@@ -27,6 +27,7 @@ from torch import fx
 from shadowc.calibration import data
 from shadowc.calibration.criteria import CRITERIA
 from shadowc.calibration.fit import FitOptions, calibrate
+from shadowc.calibration.progress import showing
 from shadowc.calibration.store import Calibration, load_calibration, save_calibration
 from shadowc.errors import DataError, OptionError, ShadowcError
 from shadowc.evaluation.bench import device
@@ -167,7 +168,9 @@ class Protocol:
             options = FitOptions(tuple(CRITERIA) if predictor == "static" else RANKED, predictor)
             source = self.options.data if prompts == "text" else f"{prompts} questions"
             examples = self.examples(prompts)
-            for made in calibrate(self.loaded, examples, options, data=source, progress=True):
+            with showing("bar") as progress:
+                fitted = calibrate(self.loaded, examples, options, data=source, progress=progress)
+            for made in fitted:
                 save_calibration(made, folder / f"{made.criterion}-{kind}")
             return {"examples": len(examples)}
 

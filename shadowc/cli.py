@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -79,11 +80,14 @@ def command(
     def wrap(function: Callable[..., Result]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(**options: Any) -> None:
+            quiet = int(os.environ.get("RANK", "0")) > 0  # of torchrun's processes one speaks
+            err.quiet = quiet
             with _reported(options["debug"]), _interruptible(options["debug"]):
-                if options["as_json"]:
+                if options["as_json"] or quiet:
                     with contextlib.redirect_stdout(sys.stderr):
                         result = function(**options)
-                    print(json.dumps(result))
+                    if not quiet:
+                        print(json.dumps(result))
                 else:
                     show(function(**options))
 
@@ -110,7 +114,8 @@ def _reported(debug: bool) -> Iterator[None]:
         return
     if debug:
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    if not err.quiet:
+        print(message, file=sys.stderr)
     raise typer.Exit(code)
 
 
@@ -176,8 +181,9 @@ def calibrate(
     taps: Annotated[
         int | None, typer.Option(help="shadow with a predictor at every so-manieth layer.")
     ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Width of a predictor (default: as its kind needs).")
+    rank_: Annotated[
+        int | None,
+        typer.Option("--rank", help="Width of a predictor (default: as its kind needs)."),
     ] = None,
     how: Annotated[
         str,
@@ -189,7 +195,22 @@ def calibrate(
     data: Data = "pydoc",
     examples: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
-    device: Annotated[str, typer.Option(help="auto | cpu")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto | cpu | cuda | cuda:N | all (the GPUs, with the layers dealt out to them)."
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (fp32, on a GPU bf16) | fp32 | bf16 | fp16")
+    ] = "auto",
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a batch.", show_default="as many as memory allows"),
+    ] = None,
+    nproc: Annotated[
+        int, typer.Option(help="Processes that share the work, one a GPU, by torchrun.")
+    ] = 1,
     output: Output = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Do not go on with an interrupted calibration.")
@@ -199,35 +220,52 @@ def calibrate(
     debug: Debug = False,
 ) -> Result:
     """Measure which units matter and fit the predictors."""
-    _choice("device", device, ("auto", "cpu"))
+    from shadowc.calibration.ranks import joined, launch, launched
+
+    rank, processes, local = launched()
+    if nproc < 1:
+        raise OptionError("--nproc is out of range", expected="at least 1", got=nproc)
+    if nproc > 1 and processes == 1:
+        raise typer.Exit(launch(nproc, sys.argv[1:]))
     with _busy(f"loading {model}"):
         from shadowc.calibration.data import calibration_examples
-        from shadowc.calibration.fit import FitOptions
+        from shadowc.calibration.fit import FitOptions, unfinished
         from shadowc.calibration.fit import calibrate as fit
+        from shadowc.calibration.progress import peak_memory, showing
         from shadowc.calibration.store import JSON_FILE, save_calibration
         from shadowc.directory import check_target
         from shadowc.models import load_model, slug
 
         options = FitOptions(
-            (criterion,), predictor or "", feature, rank=rank, seed=seed, every=taps, fit=how,
-            refresh=_refresh(refresh),
+            (criterion,), predictor or "", feature, rank=rank_, seed=seed, every=taps, fit=how,
+            refresh=_refresh(refresh), batch_tokens=batch_tokens,
         )  # fmt: skip
         kind = config.predictor_name(options.predictor, taps, how, options.refresh)
         target = output or CALIBRATIONS / "-".join([slug(model), criterion, *kind])
         check_target(target, marker=JSON_FILE, error=CalibrationError)
-        loaded = load_model(model)
+        place = _device(device, local)
+        if dtype == "auto":
+            dtype = "fp32" if place == "cpu" else "bf16"
+        _choice("dtype", dtype, tuple(DTYPES))
+        loaded = load_model(model, dtype=_torch_dtype(dtype), device=place)
         windows = calibration_examples(loaded, data, examples, seq_len, seed)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    if unfinished.exists() and not fresh:
+    state = target.with_name(f".{target.name}.unfinished")
+    if state.exists() and not fresh:
         err.print("going on with the calibration that was interrupted here")
-    (calibration,) = fit(
-        loaded, windows, options, data=data, progress=True, checkpoint=unfinished, fresh=fresh
-    )
-    save_calibration(calibration, target)
-    unfinished.unlink(missing_ok=True)
+    with joined() as ranks, showing("none" if rank else "json" if as_json else "bar") as progress:
+        (calibration,) = fit(
+            loaded, windows, options,
+            data=data, progress=progress, checkpoint=state, fresh=fresh, ranks=ranks,
+        )  # fmt: skip
+        if not rank:
+            save_calibration(calibration, target)
+            for path in unfinished(state):
+                path.unlink(missing_ok=True)
     return {
         "output": str(target),
         "examples": calibration.examples,
+        "tokens": calibration.tokens,
+        "peak_memory_bytes": peak_memory(),
         "spearman_heads": None,  # a criterion without scores of single tokens has none
         "spearman_neurons": None,
         **calibration.metrics,
@@ -987,6 +1025,36 @@ def _perplexity(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+def _device(name: str, local: int) -> str:
+    """What `load_model` takes: `cpu`, `cuda:N` or `auto` (all GPUs)."""
+    import torch
+
+    known = re.fullmatch(r"auto|cpu|all|cuda(:\d+)?", name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not known:
+        raise OptionError(
+            f"unknown device {name!r}", expected="auto, cpu, cuda, cuda:N or all", got=name
+        )
+    if name == "cpu" or (name == "auto" and not count):
+        return "cpu"
+    index = local if ":" not in name else int(name.split(":")[1])
+    if index >= count:
+        raise OptionError(
+            f"there is no such GPU: {name}",
+            expected=f"one of the {count} that torch {torch.__version__} sees",
+            got=f"GPU {index}",
+            fix="--device cpu, or fewer --nproc" if not count or local else "another number",
+        )
+    return "auto" if name == "all" else f"cuda:{index}"
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    found: torch.dtype = getattr(torch, DTYPES[name])
+    return found
 
 
 def _busy(doing: str) -> contextlib.AbstractContextManager[object]:

@@ -23,6 +23,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module, metadata
@@ -123,13 +124,17 @@ class LoadedModel:
     source: ModelSource
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> LoadedModel:
+def load_model(
+    name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> LoadedModel:
     """Load a model by alias, hub id, directory, .gguf file or `random:` name.
 
     Args:
         name: See the module's docstring.
         dtype: Dtype of the parameters in memory.
         seed: Seed of `random:` weights; other models ignore it.
+        device: Where the weights go, one by one: `cpu`, `cuda:0` and so on; `auto`: layers are
+            dealt out to all GPUs, as transformers does with that device map.
 
     Raises:
         ModelError: The model cannot be found or read.
@@ -137,24 +142,24 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) 
     """
     with _quiet():
         if name.startswith("random:"):
-            return _load_random(name, dtype, seed)
+            return _load_random(name, dtype, device, seed)
         if name == _SMOLLM2:
-            return _load_gguf(name, _smollm2_file(), dtype)
+            return _load_gguf(name, _smollm2_file(), dtype, device)
         if name == _BUNDLED:
-            return _load_directory(name, _bundled_directory(), dtype)
+            return _load_directory(name, _bundled_directory(), dtype, device)
         if name in _HUB_IDS:
-            return _load_hub(name, _HUB_IDS[name], dtype)
+            return _load_hub(name, _HUB_IDS[name], dtype, device)
         path = Path(name).expanduser()
         if path.is_dir():
-            return _load_directory(name, path, dtype)
+            return _load_directory(name, path, dtype, device)
         if path.suffix == ".gguf" and path.is_file():
-            return _load_gguf(name, path, dtype)
+            return _load_gguf(name, path, dtype, device)
         if path.exists():
             raise ModelError(
                 f"{name} is not a model", expected="a directory or a .gguf file", got="another file"
             )
         if path.suffix != ".gguf" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-            return _load_hub(name, name, dtype)
+            return _load_hub(name, name, dtype, device)
     raise _unknown_model(name)
 
 
@@ -219,7 +224,12 @@ def slug(name: str) -> str:
 
 
 def _load_directory(
-    name: str, path: Path, dtype: torch.dtype, kind: str = "directory", revision: str | None = None
+    name: str,
+    path: Path,
+    dtype: torch.dtype,
+    device: str,
+    kind: str = "directory",
+    revision: str | None = None,
 ) -> LoadedModel:
     """Load what `save_pretrained` wrote, from `config.json`, safetensors and tokenizer files."""
     config = _read_config(path)
@@ -231,6 +241,7 @@ def _load_directory(
             str(path),
             config=config,
             dtype=dtype,
+            device_map=_device_map(device),
             attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=True,
@@ -347,7 +358,7 @@ def _bundled_directory() -> Path:
 # Hugging Face hub --------------------------------------------------------------------------------
 
 
-def _load_hub(name: str, repo: str, dtype: torch.dtype) -> LoadedModel:
+def _load_hub(name: str, repo: str, dtype: torch.dtype, device: str) -> LoadedModel:
     """Load a hub model from the local cache, or download it if it is not there whole."""
     from huggingface_hub import snapshot_download
 
@@ -362,7 +373,7 @@ def _load_hub(name: str, repo: str, dtype: torch.dtype) -> LoadedModel:
         raise
     except (OSError, ModelError):  # not there, or not all of it
         path = _download(repo)
-    return _load_directory(name, path, dtype, "hub", path.name)
+    return _load_directory(name, path, dtype, device, "hub", path.name)
 
 
 def _download(repo: str) -> Path:
@@ -417,7 +428,7 @@ def _unknown_model(name: str) -> ModelError:
 # GGUF --------------------------------------------------------------------------------------------
 
 
-def _load_gguf(name: str, path: Path, dtype: torch.dtype) -> LoadedModel:
+def _load_gguf(name: str, path: Path, dtype: torch.dtype, device: str) -> LoadedModel:
     """Load and dequantise a GGUF file, then move its tensors to a model without GGUF's traces."""
     with _fast_gguf() as open_reader:
         try:
@@ -448,7 +459,7 @@ def _load_gguf(name: str, path: Path, dtype: torch.dtype) -> LoadedModel:
                 str(path.parent), config=config, dtype=dtype, **options
             )
             # The object that transformers reads from GGUF cannot be saved; a fresh one can.
-            model = _model_of(config, quantised.state_dict(), dtype)
+            model = _model_of(config, quantised.state_dict(), dtype, device)
     source = ModelSource(name, "gguf", str(path.resolve()), None, _fingerprint(config, [path]))
     return _finish(model, tokenizer, shape, source)
 
@@ -504,7 +515,7 @@ def _fast_gguf() -> Iterator[Any]:
 # Random weights ----------------------------------------------------------------------------------
 
 
-def _load_random(name: str, dtype: torch.dtype, seed: int) -> LoadedModel:
+def _load_random(name: str, dtype: torch.dtype, device: str, seed: int) -> LoadedModel:
     """Make an architecture with seeded random weights, each tensor directly in `dtype`."""
     target = name.removeprefix("random:")
     path = Path(target).expanduser()
@@ -523,12 +534,11 @@ def _load_random(name: str, dtype: torch.dtype, seed: int) -> LoadedModel:
     with torch.device("meta"):
         template = FAMILIES[shape.architecture][1](config)
     tied = set(template.all_tied_weights_keys)
-    state = {
-        key: _random_tensor(key, value.shape, dtype, seed)
-        for key, value in template.state_dict().items()
-        if key not in tied
-    }
-    model = _model_of(config, state, dtype)
+    shapes = {k: value.shape for k, value in template.state_dict().items() if k not in tied}
+    with ThreadPoolExecutor() as pool:
+        tensors = pool.map(lambda key: _random_tensor(key, shapes[key], dtype, seed), shapes)
+        state = dict(zip(shapes, tensors, strict=True))
+    model = _model_of(config, state, dtype, device)
     text = json.dumps([shape.to_json(), seed], sort_keys=True)
     fingerprint = "random-" + hashlib.sha256(text.encode()).hexdigest()
     source = ModelSource(name, "random", None, None, fingerprint)
@@ -623,12 +633,26 @@ def _byte_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerBase:
 
 
 def _model_of(
-    config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype: torch.dtype
+    config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype: torch.dtype, device: str
 ) -> PreTrainedModel:
-    """A model whose parameters are the tensors of `state` themselves (nothing is copied)."""
+    """A model whose parameters are the tensors of `state` themselves (on a CPU no copies)."""
     return FAMILIES[config.model_type][1].from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, attn_implementation="sdpa"
-    )
+        None, config=config, state_dict=state, dtype=dtype, attn_implementation="sdpa",
+        device_map=_device_map(device),
+    )  # fmt: skip
+
+
+def _device_map(device: str) -> Any:
+    """What transformers calls it: None leaves the weights where they are read to."""
+    if device == "cpu":
+        return None
+    try:
+        import_module("accelerate")
+    except ImportError as error:
+        raise ModelError(
+            "a model on a GPU needs the package accelerate", got=error, fix="pip install accelerate"
+        ) from error
+    return device if device == "auto" else {"": device}
 
 
 def _finish(

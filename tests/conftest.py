@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from shadowc.calibration.damage import LEVELS
 from shadowc.calibration.predictor import ShadowPredictor
-from shadowc.calibration.quantiles import QUANTILES, Histogram
+from shadowc.calibration.quantiles import QUANTILES, histogram
+from shadowc.calibration.quantiles import quantiles as quantiles_of
 from shadowc.calibration.store import Calibration
 from shadowc.compiler import build_programs
 from shadowc.config import Policy, taps_of
@@ -151,9 +152,8 @@ def random_calibration(
         weights |= {f"{tap.layer}.{name}": value for name, value in network.state_dict().items()}
         for kind, scores in zip(quantiles, network(residual), strict=True):
             for layer in scores[0].unbind(1):
-                histogram = Histogram()
-                histogram.add(layer)
-                quantiles[kind] = torch.cat((quantiles[kind], histogram.quantiles()[None]))
+                own = quantiles_of(histogram(layer.contiguous()))
+                quantiles[kind] = torch.cat((quantiles[kind], own[None]))
     fields = dict(
         model=vars(loaded.source), shape=shape, criterion="random", predictor=predictor,
         feature="residual", taps=taps, rank=8, random_features=16, data="none", examples=1,

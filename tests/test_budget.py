@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shadowc.budget import allot, elements_read
-from shadowc.calibration.damage import LEVELS, Damage
+from shadowc.calibration.damage import LEVELS, damage, damage_table
 from shadowc.compiler import build_programs
 from shadowc.config import Policy
 from shadowc.errors import OptionError
@@ -106,12 +106,10 @@ def test_shares_of_layers_run_as_they_are_allotted(tiny, predictor):
 
 def test_damage_squares_what_is_skipped_together():
     """Units are skipped lowest score first; effects that cancel cost nothing together."""
-    damage = Damage()
     scores = torch.arange(32.0).flip(0).expand(2, -1)  # the last unit goes first
     effects = torch.zeros(2, 32)
     effects[0, 31], effects[0, 30], effects[1, 0] = 2.0, -2.0, 1.0
-    damage.add(scores, effects)
-    table = damage.table()
+    table = damage_table(damage(scores, effects), 2)
     assert table[0] == 0
     # One unit alone: 2^2 / 2 over two tokens. With the next one nothing, but a table never falls.
     assert table[1:32].tolist() == [1.0] * 31 and table[32] == 1.0

@@ -1,4 +1,4 @@
-"""The state of an unfinished calibration, in one file beside what it will become.
+"""The state of an unfinished pass of a calibration, in one file beside what it will become.
 
 A file is replaced whole or not at all, so what is there is always the state after some batch. It
 names what it depends on, and only goes on with the same.
@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shadowc.directory import check_fingerprint
 from shadowc.errors import CalibrationError
 
-#: Batches between two states that are written.
+#: Batches between two states that are written, at least; more where writing takes long: it may take
+#: this share of the time.
 EVERY = 16
+SHARE = 0.05
+_BYTES_A_SECOND = 1e9  # as long as it was not measured
 
 
 class Checkpoint:
@@ -29,22 +34,31 @@ class Checkpoint:
     Args:
         path: The file.
         about: What the state depends on, as plain JSON values.
-        fresh: Forget what is there.
+
+    Attributes:
+        done: Examples that are done.
 
     Raises:
         CalibrationError: If what is there depends on something else, or cannot be read.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any], *, fresh: bool = False) -> None:
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         """Read what is there."""
         self.path = path
         self.about = json.loads(json.dumps(about))
-        #: Batches that are done, and the tensors after them.
         self.done, self.tensors = 0, dict[str, Tensor]()
-        if fresh:
-            path.unlink(missing_ok=True)
+        self._batches, self._saved, self._rate = 0, time.monotonic(), _BYTES_A_SECOND
         if path.exists():
             self._read()
+
+    def state(self, name: str, device: Callable[[int], torch.device]) -> dict[str, Tensor]:
+        """What was saved of a part, each layer's on its device."""
+        start = f"{name}/"
+        return {
+            key.removeprefix(start): value.to(device(int(key.rpartition(".")[2])))
+            for key, value in self.tensors.items()
+            if key.startswith(start)
+        }
 
     def _read(self) -> None:
         try:
@@ -59,19 +73,26 @@ class Checkpoint:
         check_fingerprint(found, self.about, self.path, error=CalibrationError)
         self.done, self.tensors = done, tensors
 
-    def due(self, done: int) -> bool:
-        """Whether to save after so many batches."""
-        return done % EVERY == 0
+    def due(self, size: int, *, last: bool) -> bool:
+        """Whether to save after one more batch a state of so many bytes."""
+        self._batches += 1
+        waited = time.monotonic() - self._saved >= size / self._rate / SHARE
+        return waited and (last or self._batches >= EVERY)
 
-    def save(self, done: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write the state after `done` batches.
+    def save(self, done: int, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write the state of each part after `done` examples.
 
         Raises:
             CalibrationError: If it cannot be written.
         """
+        start = time.monotonic()
         header = json.dumps({"about": self.about, "done": done})
         new = self.path.with_name(f"{self.path.name}.tmp")
-        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        whole = {
+            f"{part}/{name}": value.detach().cpu().contiguous()
+            for part, state in states.items()
+            for name, value in state.items()
+        }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             safetensors.torch.save_file(whole, new, {"calibration": header})
@@ -86,3 +107,6 @@ class Checkpoint:
                 got=error,
                 fix="free some space or choose another place with --output",
             ) from error
+        self.done, self._batches, self._saved = done, 0, time.monotonic()
+        size = sum(value.nbytes for value in whole.values())
+        self._rate = size / max(1e-6, self._saved - start)

@@ -52,7 +52,7 @@ class Units:
         layer: Index of the layer.
         a: fp32 [B, T, U, D], activations (D is 1 for neurons).
         g: fp32 [B, T, U, D], gradient of the sum over examples of their mean loss.
-        generator: Seeded; for criteria that draw.
+        seed: Of criteria that draw, for these units of this batch.
         counts: bool [B, T], the positions that count: those from 1 to some last one.
         following: int64 [B, T], the next tokens.
         weight: [C, U*D], the output projection's.
@@ -65,7 +65,7 @@ class Units:
     layer: int
     a: Tensor
     g: Tensor
-    generator: torch.Generator
+    seed: int
     counts: Tensor
     following: Tensor
     weight: Tensor
@@ -76,6 +76,34 @@ class Units:
     def site(self) -> Site:
         """Kind and layer."""
         return self.kind, self.layer
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of [B, T, U] over the positions that count, fp64 [U]."""
+        return torch.einsum("bt,btu->u", self.counts.float(), values).double()
+
+    def ahead(self, values: Tensor, refresh: int) -> Tensor:
+        """Means over the tokens that a mask made at a position would serve.
+
+        Args:
+            values: fp32 [B, T, U].
+            refresh: As in `Policy`: positions t to t + refresh - 1, or, if 0, t to the end; of
+                these, those that count.
+
+        Returns:
+            fp32 [B, T, U].
+        """
+        if refresh == 1:
+            return values
+        tokens = values.shape[1]
+        last = torch.arange(tokens, device=values.device) + (refresh or tokens) - 1
+        last = last.clamp(max=tokens - 1)
+        one = self.counts[..., None].double()
+
+        def spanned(own: Tensor) -> Tensor:
+            sums = own.cumsum(dim=1)
+            return sums[:, last] - sums + own
+
+        return (spanned(values * one) / spanned(one).clamp(min=1)).float()
 
 
 @dataclass(frozen=True)
@@ -107,6 +135,7 @@ class Criterion:
             scores of the tokens that count.
         finish: The sum of that, [U, ...] -> [U], the static score; None: divided by the tokens.
         needs: What the collector must provide besides a and g: `curvature`, `first`.
+        signed: Scores may be negative.
     """
 
     name: str
@@ -118,6 +147,7 @@ class Criterion:
     total: Callable[[Units], Tensor] | None = None
     finish: Callable[[Tensor], Tensor] | None = None
     needs: tuple[str, ...] = ()
+    signed: bool = False
 
     @property
     def per_token(self) -> bool:
@@ -288,13 +318,18 @@ def epenas_score(total: Tensor) -> Tensor:
 
 def random(units: Units) -> Tensor:
     """Uniform in [0, 1), seeded: the control that every other criterion must beat."""
-    size = units.a.shape[:-1]
-    return torch.rand(size, generator=units.generator).to(units.a.device)
+    generator = torch.Generator().manual_seed(units.seed)
+    return torch.rand(units.a.shape[:-1], generator=generator).to(units.a.device)
 
 
 def _effect(units: Units) -> Tensor:
     """What removing the unit does to the loss, to first order and negated: sum_d g a."""
-    return (units.g * units.a).sum(dim=-1)
+    return over_values(units.g * units.a)
+
+
+def over_values(values: Tensor) -> Tensor:
+    """Sum over a unit's own values: [..., U, D] -> [..., U]."""
+    return values.squeeze(-1) if values.shape[-1] == 1 else values.sum(dim=-1)
 
 
 def _counted(units: Units, values: Tensor) -> Tensor:
@@ -373,6 +408,7 @@ CRITERIA = {
             "effect of a gate on the gradient's norm (Wang 2020)",
             grasp,
             needs=("curvature",),
+            signed=True,
         ),
         Criterion(
             "nwot",

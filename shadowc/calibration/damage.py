@@ -19,29 +19,20 @@ from torch import Tensor
 LEVELS = 33  # shares 0, 1/32, ..., 1 of a layer's units
 
 
-class Damage:
-    """One site's table, summed over tokens."""
+def damage(scores: Tensor, effects: Tensor) -> Tensor:
+    """Sums over tokens of the squares, fp64 [LEVELS]; they add up.
 
-    def __init__(self) -> None:
-        """Start from nothing."""
-        self.squares = torch.zeros(LEVELS, dtype=torch.float64)
-        self.tokens = 0
+    Args:
+        scores: fp32 [N, U], predicted: the lowest are skipped first.
+        effects: fp32 [N, U], sum_d g a.
+    """
+    units = scores.shape[1]
+    ordered = effects.gather(1, scores.argsort(dim=1, stable=True)).double().cumsum(dim=1)
+    skipped = (torch.arange(LEVELS) * units / (LEVELS - 1)).round().long().to(ordered.device)
+    sums = ordered[:, (skipped - 1).clamp(min=0)]
+    return sums.square().sum(dim=0) * (skipped > 0)
 
-    def add(self, scores: Tensor, effects: Tensor) -> None:
-        """Add tokens.
 
-        Args:
-            scores: fp32 [N, U], predicted: the lowest are skipped first.
-            effects: fp32 [N, U], sum_d g a.
-        """
-        units = scores.shape[1]
-        ordered = effects.gather(1, scores.argsort(dim=1, stable=True)).double().cumsum(dim=1)
-        skipped = (torch.arange(1, LEVELS) * units / (LEVELS - 1)).round().long()
-        sums = ordered[:, (skipped - 1).clamp(min=0).to(ordered.device)]
-        self.squares[1:] += sums.square().sum(dim=0).cpu() * (skipped > 0)
-        self.tokens += len(scores)
-
-    def table(self) -> Tensor:
-        """D at each level, fp32 [LEVELS]; more skipped units never count as less damage."""
-        mean = self.squares / max(self.tokens, 1) / 2
-        return mean.cummax(dim=0).values.float()
+def damage_table(squares: Tensor, tokens: int) -> Tensor:
+    """D at each level, fp32 [LEVELS]; more skipped units never count as less damage."""
+    return (squares / max(tokens, 1) / 2).cummax(dim=0).values.float()

@@ -1,40 +1,48 @@
 """The calibration itself: collect, score, fit, measure on held-out examples.
 
 One pass of forward and backward over the training examples serves every criterion: they only add to
-sums (`ridge.py`), or keep some tokens' scores (`trained.py`). After every few batches the sums can
-be written, so that an interrupted pass goes on where it was (`checkpoint.py`).
+sums (`ridge.py`), or keep some tokens' scores (`trained.py`); a second over the held-out examples
+adds to sums again (`measure.py`). Sums add up, so several processes can share a pass (`ranks.py`),
+and they can be written every few batches, so that an interrupted pass goes on where it was
+(`checkpoint.py`).
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
+from shadowc.calibration.batches import Group, Plan, counting, groups, plan, split
 from shadowc.calibration.checkpoint import Checkpoint
 from shadowc.calibration.collect import Collector
-from shadowc.calibration.criteria import Criterion, find_criterion
+from shadowc.calibration.criteria import find_criterion
 from shadowc.calibration.data import Example
-from shadowc.calibration.measure import Fit
+from shadowc.calibration.measure import Fit, Measurement
 from shadowc.calibration.predictor import Predictor
-from shadowc.calibration.ridge import FeatureMap, FeatureSums, ScoreSums, Tables, regress
+from shadowc.calibration.progress import Progress
+from shadowc.calibration.ranks import Ranks
+from shadowc.calibration.ridge import (
+    FeatureMap,
+    FeatureMoments,
+    FeatureSums,
+    ScoreSums,
+    Tables,
+    regress,
+)
 from shadowc.calibration.store import Calibration
 from shadowc.calibration.trained import Samples, train
 from shadowc.config import DEFAULT_PREDICTOR, FEATURES, FITS, PREDICTORS
-from shadowc.errors import DataError, OptionError
+from shadowc.errors import CalibrationError, OptionError
 from shadowc.models import LoadedModel
 from shadowc.versions import versions
-
-#: Called with each batch's examples and loss; no loss if it was done before.
-Advance = Callable[[Sequence[Example], float | None], None]
 
 #: Rank and random features of each kind of predictor. A layer's own input needs less of both: with
 #: 75% of opt-books-15m's neurons skipped by sens, perplexity is 27.1 for 2.1 MB a token at (64, 0),
@@ -42,8 +50,11 @@ Advance = Callable[[Sequence[Example], float | None], None]
 SIZES = {"shadow": (128, 512), "layerwise": (64, 0), "fullseq": (128, 512), "static": (128, 512)}
 EXAMPLES = 32
 SEQ_LEN = 256
-_HELD_OUT_EVERY = 8
-_MEASURED_TOKENS = 128  # rank correlation over all units costs milliseconds a token
+#: The most directions of a feature that are regressed on, C' of `FeatureMap`.
+DIRECTIONS = 1024
+_MAPPED_EXAMPLES = 64  # what maps are made of: first and second moments need no more
+_RANKED_TOKENS = 128  # rank correlation over all units costs milliseconds a token
+_SPREAD_TOKENS = 16384  # quantiles and damage sort a layer's units
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class FitOptions:
         rank: R of the predictor, what a token pays for; None: as `SIZES` says.
         random_features: M of the predictor; None: as `SIZES` says.
         ridge: Strength of the regularisation, in units of P / tokens.
-        batch_tokens: Tokens of a forward and backward, about.
+        batch_tokens: Tokens of a forward and backward, about; None: as many as memory allows.
         seed: Of the random features and of criteria that draw.
         every: A tap of `shadow` at every so-manieth layer; None: at layer 0 alone.
         refresh: Tokens that a mask will serve, as in `Policy`: a predictor learns their mean score.
@@ -73,7 +84,7 @@ class FitOptions:
     rank: int | None = None
     random_features: int | None = None
     ridge: float = 2.0
-    batch_tokens: int = 1024
+    batch_tokens: int | None = None
     seed: int = 0
     every: int | None = None
     refresh: int = 1
@@ -150,15 +161,40 @@ class FitOptions:
         return tuple(range(0, layers, every))
 
 
+@dataclass(frozen=True)
+class _Work:
+    """All that a pass needs."""
+
+    loaded: LoadedModel
+    options: FitOptions
+    training: list[Example]
+    held_out: list[Example]
+    about: dict[str, object]
+    checkpoint: Path | None
+    ranks: Ranks
+    progress: Progress
+
+    @property
+    def closed(self) -> bool:
+        """Whether predictors are fitted in closed form."""
+        return self.options.fit == "ridge"
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers that predictors read in."""
+        return self.options.taps(self.loaded.shape.layers)
+
+
 def calibrate(
     loaded: LoadedModel,
     examples: Sequence[Example],
     options: FitOptions,
     *,
     data: str = "pydoc",
-    progress: bool = False,
+    progress: Progress | None = None,
     checkpoint: Path | None = None,
     fresh: bool = False,
+    ranks: Ranks | None = None,
 ) -> list[Calibration]:
     """Calibrate a model with one or more criteria.
 
@@ -169,10 +205,13 @@ def calibrate(
         examples: Token sequences, at least two.
         options: What to fit.
         data: Name of the data, to be recorded.
-        progress: Show a progress bar on stderr.
+        progress: Is told how far it is.
         checkpoint: File that keeps the state of the pass, so that the same call goes on after an
-            interrupt, with the very same result; the caller removes it once that is stored.
+            interrupt, with the very same result; the caller removes it once that is stored
+            (`unfinished`).
         fresh: Start over, whatever `checkpoint` holds.
+        ranks: The processes that share the work; all of them get the result. It is that of one
+            process but for the order in which floating-point numbers are added.
 
     Returns:
         One calibration for each of `options.criteria`, in that order. Their metrics, over units in
@@ -186,215 +225,279 @@ def calibrate(
 
     Raises:
         DataError: If there are fewer than two examples, or nothing in them can be scored.
-        CalibrationError: If `checkpoint` belongs to another calibration, or cannot be written.
+        CalibrationError: If `checkpoint` belongs to another calibration or cannot be written, if
+            memory does not suffice for one example, or if numbers are not finite.
     """
     start = time.monotonic()
-    training, held_out = _split(examples)
+    training, held_out = split(examples)
+    work = _Work(
+        loaded, options, training, held_out, _about(loaded, examples, options, data),
+        checkpoint, ranks or Ranks(), progress or Progress(),
+    )  # fmt: skip
+    if fresh and checkpoint is not None and not work.ranks.rank:
+        for path in unfinished(checkpoint):
+            path.unlink(missing_ok=True)
+    shape, device = loaded.shape, loaded.model.device
+    chosen: Plan | None = plan(
+        shape, loaded.model.dtype, device, _bytes_of_sums(work), options.batch_tokens
+    )
+    longest = max(len(example.ids) for example in examples)
+    while chosen is not None:
+        try:
+            features, fits = _passes(work, chosen)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            tried, chosen = chosen, chosen.smaller(longest)
+            if work.ranks.size > 1 or chosen is None:
+                raise CalibrationError(
+                    "not enough memory",
+                    got=f"batches of {tried.tokens} tokens, {tried.keep} layers' graphs kept",
+                    fix="a smaller --batch-tokens or --seq-len, --dtype bf16, or more memory; what "
+                    "was done so far is kept",
+                ) from error
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    seconds = time.monotonic() - start
+    return [_calibration(work, features, fit, data, longest, seconds) for fit in fits]
+
+
+def unfinished(checkpoint: Path) -> tuple[Path, Path]:
+    """The files of an unfinished calibration: of the training pass and of the held-out one."""
+    return checkpoint, checkpoint.with_name(f"{checkpoint.name}.measured")
+
+
+class _Stage:
+    """One pass over some examples, whose sums are written every few batches.
+
+    Args:
+        work: What is to be done.
+        collector: Reads the model.
+        examples: The examples, in the order in which they are dealt out.
+        parts: What is added to, by name.
+        path: File of its state, if it is to be kept.
+    """
+
+    def __init__(
+        self,
+        work: _Work,
+        collector: Collector,
+        examples: Sequence[Example],
+        parts: Mapping[str, Tables],
+        path: Path | None,
+    ) -> None:
+        """Go on from the state that is there."""
+        self.work, self.examples, self.parts = work, examples, parts
+        self.saves, self.checkpoint = path is not None, None
+        if path is not None and not work.ranks.rank:
+            self.checkpoint = Checkpoint(path, work.about)
+            for name, part in parts.items():
+                samples = isinstance(part, Samples)
+                device = (lambda _: torch.device("cpu")) if samples else collector.device
+                part.load_state(self.checkpoint.state(name, device))
+            self.checkpoint.tensors.clear()
+        self.done = work.ranks.said(self.checkpoint.done if self.checkpoint else 0)
+
+    def run(self, tokens: int, take: Callable[[Group], float]) -> None:
+        """Give every process its batches of about so many tokens."""
+        ranks, progress = self.work.ranks, self.work.progress
+        progress.skip(self.done)
+        batches = list(groups(self.examples, tokens, self.done))
+        for start in range(0, len(batches), ranks.size):
+            together = batches[start : start + ranks.size]
+            loss = take(together[ranks.rank]) if ranks.rank < len(together) else None
+            self.done = together[-1].first + len(together[-1].examples)
+            progress.advance(sum(len(group.examples) for group in together), loss)
+            if self.saves and ranks.said(self._due()):
+                ranks.add_up(list(self.parts.values()), to_first=True)
+                if self.checkpoint:
+                    states = {name: part.state() for name, part in self.parts.items()}
+                    self.checkpoint.save(self.done, states)
+        ranks.add_up(list(self.parts.values()))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the state after all of it is on disk."""
+        return self.checkpoint is not None and self.checkpoint.done == len(self.examples)
+
+    def _due(self) -> bool:
+        if not self.checkpoint:
+            return False
+        size = sum(one.nbytes for part in self.parts.values() for one in part.state().values())
+        return self.checkpoint.due(size, last=self.done == len(self.examples))
+
+
+def _passes(work: _Work, chosen: Plan) -> tuple[FeatureSums, list[Fit]]:
+    """The pass over the training examples, and the one over those that are held out."""
+    options, ranks, progress = work.options, work.ranks, work.progress
+    model, shape = work.loaded.model, work.loaded.shape
     criteria = [find_criterion(name, predictor=options.predictor) for name in options.criteria]
-    taps = options.taps(loaded.shape.layers)
     needs = {need for criterion in criteria for need in criterion.needs}
     pooled = options.predictor == "fullseq"
-    collector = Collector(loaded.model, loaded.shape, options.reads, taps, needs, pooled=pooled)
-    saved = None
-    if checkpoint is not None:
-        saved = Checkpoint(checkpoint, _about(loaded, examples, options, data), fresh=fresh)
-    total = sum(len(example.ids) for example in examples)
-    with _progress(total, progress) as advance:
-        features, fits = _pass(collector, training, options, criteria, saved, advance)
-        every = max(1, sum(len(example.ids) for example in held_out) // _MEASURED_TOKENS)
-        for group in _batches(held_out, options.batch_tokens):
-            batch = collector.run(group)
-            for fit in fits:
-                fit.measure(batch, every)
-            advance(group, batch.loss)
-    seconds = time.monotonic() - start
-    closed = bool(taps) and options.fit == "ridge"
-    return [
-        Calibration(
-            model=asdict(loaded.source),
-            shape=loaded.shape,
-            criterion=fit.criterion.name,
-            predictor=options.predictor,
-            feature=options.reads,
-            taps=taps,
-            fit=options.fit,
-            refresh=options.refresh,
-            rank=len(fit.predictors[0].get_buffer("mixer_weight")) if closed else 0,
-            random_features=fit.predictors[0].get_buffer("mixer_weight").shape[1] if closed else 0,
-            data=data,
-            examples=len(examples),
-            tokens=features.tokens,
-            seq_len=max(len(example.ids) for example in examples),
-            seed=options.seed,
-            metrics=fit.metrics() | {"seconds": round(seconds, 3)},
-            versions=versions(),
-            mean_head_scores=fit.mean("heads"),
-            mean_neuron_scores=fit.mean("neurons"),
-            zero_rate=features.zero_rate(),
-            head_quantiles=fit.quantiles("heads"),
-            neuron_quantiles=fit.quantiles("neurons"),
-            head_damage=fit.damage("heads"),
-            neuron_damage=fit.damage("neurons"),
-            weights={
-                f"{predictor.tap.layer}.{name}": value.cpu()
-                for predictor in fit.predictors
-                for name, value in predictor.state_dict().items()
-            },
-        )
-        for fit in fits
-    ]
+    collector = Collector(
+        model, shape, options.reads, work.taps, needs, pooled=pooled, keep=chosen.keep
+    )
+    progress.begin(len(work.training) + len(work.held_out))
+    files = unfinished(work.checkpoint) if work.checkpoint else (None, None)
 
-
-def _pass(
-    collector: Collector,
-    training: Sequence[Example],
-    options: FitOptions,
-    criteria: Sequence[Criterion],
-    saved: Checkpoint | None,
-    advance: Advance,
-) -> tuple[FeatureSums, list[Fit]]:
-    """The pass over the training examples and the fits that it ends in."""
-    shape, device = collector.shape, collector.model.device
-    seed, refresh, closed = options.seed, options.refresh, options.fit == "ridge"
-    done = saved.done if saved else 0
-    maps = [] if done or not closed else _feature_maps(collector, training, options)
-    features = FeatureSums(shape, options.taps(shape.layers) if closed else (), maps)
-    scores = [ScoreSums(criterion, seed, refresh) for criterion in criteria]
-    tokens = sum(len(example.ids) for example in training)
-    samples = [Samples(one, tokens, seed, refresh) for one in criteria if not closed]
+    features = FeatureSums(shape, work.taps if work.closed else ())
+    scores = [ScoreSums(criterion, options.refresh) for criterion in criteria]
+    positions = sum(counting(example) for example in work.training)
+    samples = [Samples(one, positions, options.refresh) for one in criteria if not work.closed]
     parts: dict[str, Tables] = {"features": features}
     parts |= {f"scores {part.criterion.name}": part for part in scores}
     parts |= {f"samples {part.criterion.name}": part for part in samples}
-    if saved and done:
-        for name, part in parts.items():
-            start = f"{name}/"
-            own = {
-                k.removeprefix(start): v for k, v in saved.tensors.items() if k.startswith(start)
-            }
-            part.load_state(own, torch.device("cpu") if isinstance(part, Samples) else device)
-        saved.tensors.clear()
-    for number, group in enumerate(_batches(training, options.batch_tokens), start=1):
-        if number <= done:
-            advance(group, None)
-            continue
-        batch = collector.run(group)
-        phi = features.add(batch)
-        for one in scores:
-            one.add(batch, phi, features.tap_of)
-        for kept in samples:
-            kept.add(batch)
-        advance(group, batch.loss)
-        if saved and saved.due(number):
-            tensors = {f"{n}/{k}": v for n, part in parts.items() for k, v in part.state().items()}
-            saved.save(number, tensors)
+    training = _Stage(work, collector, work.training, parts, files[0])
+    if features.taps:
+        if not training.done and not ranks.rank:
+            features.maps = _feature_maps(collector, work.training, chosen.tokens, options)
+        ranks.share(features)
+
+    def add(group: Group) -> float:
+        batch = collector.run(group.examples, hash((options.seed, group.first, 0)))
+        features.count(batch)
+        tap, phi = None, None
+        for units in batch:
+            wanted = features.tap_of.get(units.site)
+            if wanted is not None and wanted != tap:
+                tap, phi = wanted, features.add_feature(batch, wanted)
+            features.add(units)
+            for one in scores:
+                one.add(units, None if wanted is None else phi)
+            for kept in samples:
+                kept.add(batch, units, group.start)
+        return batch.loss
+
+    training.run(chosen.tokens, add)
+
     fits = []
     for index, one in enumerate(scores):
         factors, means = one.ranking_units(features)
-        if closed:
+        if work.closed:
             predictors: list[Predictor] = [
                 regress(features, one, factors, tap, rank=options.size[0], ridge=options.ridge)
                 for tap in range(len(features.taps))
             ]
         else:
-            predictors = [train(samples[index], factors, shape, seed).to(device)]
-        fits.append(Fit(one.criterion, factors, means, predictors, one.generator, refresh))
+            predictors = [train(samples[index], factors, shape, options.seed).to(model.device)]
+        fits.append(Fit(one.criterion, factors, means, predictors, options.refresh))
+
+    positions = sum(counting(example) for example in work.held_out)
+    spread, ranked = (max(1, positions // most) for most in (_SPREAD_TOKENS, _RANKED_TOKENS))
+
+    def measure(group: Group) -> float:
+        batch = collector.run(group.examples, hash((options.seed, group.first, 1)))
+        places = [_every(batch.counts, step) for step in (spread, ranked)]
+        measurements = [Measurement(fit, batch, *places) for fit in fits]
+        for units in batch:
+            for one in measurements:
+                one.add(units)
+        for one in measurements:
+            one.finish()
+        progress.recall = fits[0].recall()
+        return batch.loss
+
+    measured: dict[str, Tables] = {f"fit {fit.criterion.name}": fit for fit in fits}
+    # It goes on from what the whole of the training pass fitted, or not at all.
+    whole = ranks.said(training.complete)
+    held_out = _Stage(work, collector, work.held_out, measured, files[1] if whole else None)
+    held_out.run(chosen.tokens, measure)
     return features, fits
 
 
-def _feature_maps(
-    collector: Collector, training: Sequence[Example], options: FitOptions
-) -> list[FeatureMap]:
-    """Each tap's first stage: feature statistics and seeded random features."""
-    if not collector.taps:
-        return []
-    zero = torch.zeros((), dtype=torch.float64)
-    sums, squares = [zero] * len(collector.taps), [zero] * len(collector.taps)
-    tokens = 0
-    for group in _batches(training, options.batch_tokens):
-        features, counts = collector.features(group)
-        tokens += int(counts.sum())
-        for tap, feature in enumerate(features):
-            rows = feature[counts].double()
-            sums[tap] = sums[tap] + rows.sum(dim=0)
-            squares[tap] = squares[tap] + rows.square().sum(dim=0)
-    generator = torch.Generator().manual_seed(options.seed)
-    maps, random = [], options.size[1]
-    for tap in range(len(collector.taps)):
-        mean = sums[tap] / tokens
-        scale = (squares[tap] / tokens - mean.square()).clamp(min=1e-12).rsqrt()
-        weight = torch.randn(random, len(mean), generator=generator) * len(mean) ** -0.5
-        bias = torch.randn(random, generator=generator)
-        device = mean.device
-        maps.append(FeatureMap(mean.float(), scale.float(), weight.to(device), bias.to(device)))
-    return maps
-
-
-def _split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples."""
-    usable = [example for example in examples if any(example.scored[2:])]
-    if len(usable) < 2:
-        raise DataError(
-            "too few examples to calibrate on",
-            expected="at least two of three tokens or more, one to fit and one to measure",
-            got=len(usable),
-            fix="a larger --examples or more text",
-        )
-    last = min(_HELD_OUT_EVERY, len(usable)) - 1
-    parts: tuple[list[Example], list[Example]] = ([], [])
-    for index, example in enumerate(usable):
-        parts[index % _HELD_OUT_EVERY == last].append(example)
-    return parts
-
-
-def _batches(examples: Sequence[Example], tokens: int) -> Iterator[Sequence[Example]]:
-    """Consecutive examples, about `tokens` padded tokens at a time."""
-    group: list[Example] = []
-    for example in examples:
-        longest = max(len(one.ids) for one in [*group, example])
-        if group and longest * (len(group) + 1) > tokens:
-            yield group
-            group = []
-        group.append(example)
-    if group:
-        yield group
-
-
-@contextmanager
-def _progress(tokens: int, visible: bool) -> Iterator[Advance]:
-    """A progress bar on stderr; yields what is called with each batch's examples and loss."""
-    columns = (
-        TextColumn("calibrating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens, {task.fields[rate]:,.0f}/s, loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
+def _calibration(
+    work: _Work, features: FeatureSums, fit: Fit, data: str, longest: int, seconds: float
+) -> Calibration:
+    """What is stored of a fit."""
+    options, shape = work.options, work.loaded.shape
+    closed = bool(work.taps) and work.closed
+    size = fit.predictors[0].get_buffer("mixer_weight").shape if closed else (0, 0)
+    return Calibration(
+        model=asdict(work.loaded.source),
+        shape=shape,
+        criterion=fit.criterion.name,
+        predictor=options.predictor,
+        feature=options.reads,
+        taps=work.taps,
+        fit=options.fit,
+        refresh=options.refresh,
+        rank=size[0],
+        random_features=size[1],
+        data=data,
+        examples=len(work.training) + len(work.held_out),
+        tokens=features.tokens,
+        seq_len=longest,
+        seed=options.seed,
+        metrics=fit.metrics() | {"seconds": round(seconds, 3)},
+        versions=versions(),
+        mean_head_scores=fit.mean("heads"),
+        mean_neuron_scores=fit.mean("neurons"),
+        zero_rate=features.zero_rate(),
+        head_quantiles=fit.quantiles("heads"),
+        neuron_quantiles=fit.quantiles("neurons"),
+        head_damage=fit.damage("heads"),
+        neuron_damage=fit.damage("neurons"),
+        weights={
+            f"{predictor.tap.layer}.{name}": value.cpu()
+            for predictor in fit.predictors
+            for name, value in predictor.state_dict().items()
+        },
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not visible, transient=False) as bar:
-        task = bar.add_task("calibrating", total=tokens, rate=0.0, loss=float("nan"))
-        losses: list[float] = []
 
-        def advance(group: Sequence[Example], loss: float | None) -> None:
-            bar.advance(task, sum(len(example.ids) for example in group))
-            if loss is not None:
-                losses.append(loss)
-                speed = bar.tasks[0].speed or 0.0
-                bar.update(task, rate=speed, loss=sum(losses) / len(losses))
 
-        yield advance
+def _feature_maps(
+    collector: Collector, training: Sequence[Example], tokens: int, options: FitOptions
+) -> list[FeatureMap]:
+    """Each tap's first stage, of the first examples: moments and seeded random features."""
+    generator = torch.Generator().manual_seed(options.seed)
+    moments: list[FeatureMoments] = []
+    for group in groups(training[:_MAPPED_EXAMPLES], tokens):
+        features, counts = collector.features(group.examples)
+        for tap, feature in enumerate(features):
+            if tap == len(moments):
+                moments.append(FeatureMoments(feature.shape[-1], DIRECTIONS, generator))
+            moments[tap].add(feature[counts.to(feature.device)])
+    return [one.map(options.size[1]) for one in moments]
+
+
+def _every(counts: Tensor, step: int) -> Tensor:
+    """Every so-manieth position that counts: bool [B, T]."""
+    chosen = torch.zeros_like(counts)
+    chosen.view(-1)[counts.flatten().nonzero()[::step]] = True
+    return chosen
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch might do."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)
+
+
+def _bytes_of_sums(work: _Work) -> int:
+    """What the sums of a pass take."""
+    shape, options = work.loaded.shape, work.options
+    units = shape.layers * (shape.heads + shape.ffn)
+    width = min(DIRECTIONS, shape.hidden) + options.size[1]
+    if not work.taps:
+        return 32 * units * len(options.criteria)
+    return 4 * units * width * len(options.criteria) + 24 * width**2 * len(work.taps)
 
 
 def _about(
     loaded: LoadedModel, examples: Sequence[Example], options: FitOptions, data: str
 ) -> dict[str, object]:
-    """All that the sums of a pass depend on."""
+    """All that the sums of a pass depend on, but for how they are rounded."""
     text = json.dumps([[one.ids, one.scored] for one in examples])
+    settings = asdict(options)
+    del settings["batch_tokens"]
     return {
         "model": loaded.source.name,
         "weights": loaded.source.fingerprint,
         "dtype": str(loaded.model.dtype),
         "data": data,
         "examples": hashlib.sha256(text.encode()).hexdigest(),
-        **asdict(options),
+        **settings,
         "versions": versions(),
     }

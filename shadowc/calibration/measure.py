@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,18 +9,20 @@ import torch
 from torch import Tensor
 
 from shadowc.calibration.collect import Batch
-from shadowc.calibration.criteria import Criterion, Site
-from shadowc.calibration.damage import Damage
+from shadowc.calibration.criteria import Criterion, Site, Units, over_values
+from shadowc.calibration.damage import LEVELS, damage, damage_table
 from shadowc.calibration.predictor import Predictor
-from shadowc.calibration.quantiles import QUANTILES, Histogram
-from shadowc.calibration.ridge import Factors
+from shadowc.calibration.quantiles import QUANTILES, histogram, quantiles
+from shadowc.calibration.ridge import Factors, Tables, add
 
 SPARSITIES = (30, 50, 70)
-_TOGETHER = 64  # tokens predicted at once: the scores of one may be megabytes
+_TOGETHER = 1 << 22  # scores that are sorted at once
 
 
-class Fit:
-    """What was fitted for one criterion, and how it does on held-out tokens."""
+class Fit(Tables):
+    """What was fitted for one criterion, and sums of how it does on held-out tokens."""
+
+    tables = ("histograms", "damages", "measured", "counts")
 
     def __init__(
         self,
@@ -29,101 +30,132 @@ class Fit:
         factors: Factors,
         means: dict[Site, Tensor],
         predictors: Sequence[Predictor],
-        generator: torch.Generator,
         refresh: int = 1,
     ) -> None:
         """Take the results of `ScoreSums.ranking_units` and the fitted predictors."""
-        self.criterion, self.predictors, self.refresh = criterion, predictors, refresh
-        self._factors, self._means, self._generator = factors, means, generator
-        self._measured: dict[str, list[Tensor]] = {}  # [N, 1 + layers]: of all units, of each
-        self._predicted: dict[Site, Histogram] = defaultdict(Histogram)
-        self._damage: dict[Site, Damage] = defaultdict(Damage)
+        self.criterion, self.predictors, self.refresh = criterion, list(predictors), refresh
+        self.factors, self.means = factors, means
+        self.predictor_of = {
+            (kind, layer): index
+            for index, predictor in enumerate(predictors)
+            for kind, layers in (("heads", predictor.tap.heads), ("neurons", predictor.tap.neurons))
+            for layer in layers
+        }
+        self.histograms: dict[Site, Tensor] = {}
+        self.damages: dict[Site, Tensor] = {}
+        #: fp64 [1 + layers]: of all units, of each layer's.
+        self.measured: dict[tuple[str, int], Tensor] = {}
+        self.counts: dict[tuple[str, int], Tensor] = {}
 
     def mean(self, kind: str) -> Tensor:
         """Mean scores of all layers, fp32 [L, H] or [L, F]."""
-        layers = sorted(layer for name, layer in self._means if name == kind)
-        return torch.stack([self._means[kind, layer] for layer in layers]).cpu()
+        return torch.stack([self.means[kind, layer].cpu() for layer in self._layers(kind)])
 
     def quantiles(self, kind: str) -> Tensor:
         """Quantiles of the predicted scores of all layers, fp32 [L, Q]; 0 where nobody predicts."""
-        layers = sorted(layer for name, layer in self._means if name == kind)
-        nothing = torch.zeros(QUANTILES)
-        found = {layer: one.quantiles() for (k, layer), one in self._predicted.items() if k == kind}
-        return torch.stack([found.get(layer, nothing) for layer in layers])
+        counts = [self.histograms.get((kind, layer)) for layer in self._layers(kind)]
+        return torch.stack(
+            [torch.zeros(QUANTILES) if one is None else quantiles(one.cpu()) for one in counts]
+        )
 
     def damage(self, kind: str) -> Tensor:
         """What skipping costs, of all layers, fp32 [L, 33]; 0 for layer 0's heads, which run."""
-        layers = sorted(layer for name, layer in self._means if name == kind)
-        return torch.stack([self._damage[kind, layer].table() for layer in layers])
-
-    def predict(self, features: Sequence[Tensor]) -> dict[Site, Tensor]:
-        """Scores of all sites but layer 0's heads: features fp32 [N, C] -> [N, U]."""
-        found: dict[Site, Tensor] = {}
-        for predictor, feature in zip(self.predictors, features, strict=True):
-            tap = predictor.tap
-            both = zip(("heads", "neurons"), (tap.heads, tap.neurons), predictor(feature[None]),
-                       strict=True)  # fmt: skip
-            for kind, layers, scores in both:
-                found |= {(kind, layer): scores[0, :, i] for i, layer in enumerate(layers)}
-        return found
-
-    def measure(self, batch: Batch, every: int) -> None:
-        """Compare predicted and true scores at every so-manieth position that counts."""
-        self._measure_all(batch)
-        score = self.criterion.score
-        if score is None:  # no token has a true score
-            return
-        counted = batch.counts.flatten().nonzero()[::every]
-        if not len(counted):
-            return
-        rows = torch.zeros_like(batch.counts)
-        rows.view(-1)[counted] = True
-        true: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
-        for units in batch.units(self._generator):
-            scores = batch.ahead(score(units), self.refresh)[rows]
-            if units.site != ("heads", 0):
-                true[units.kind].append(scores * self._factors[units.site])
-        known = {site: mean.expand(len(counted), -1) for site, mean in self._means.items()}
-        known |= self.predict([feature[rows] for feature in batch.features])
-        for kind in ("heads", "neurons"):
-            sites = sorted(site for site in known if site[0] == kind and site != ("heads", 0))
-            layers = [
-                (known[site].cpu(), one.cpu()) for site, one in zip(sites, true[kind], strict=True)
-            ]
-            scores, true_scores = (torch.cat(both, dim=1) for both in zip(*layers, strict=True))
-            by_layer = [_agreement(*both) for both in layers]
-            for name, values in _agreement(scores, true_scores).items():
-                prefix, _, suffix = name.partition("_")
-                key = "_".join(filter(None, (prefix, kind, suffix)))
-                columns = torch.stack([values, *(one[name] for one in by_layer)], dim=1)
-                self._measured.setdefault(key, []).append(columns)
-
-    def _measure_all(self, batch: Batch) -> None:
-        """Add every position: thresholds and budgets are made of these."""
-        # g is of each example's mean loss; its sum is what a token does to all that follow.
-        scored = batch.counts.sum(dim=1).float()[:, None, None]
-        effects = {
-            site: ((g * a).sum(dim=-1) * scored)[batch.counts].split(_TOGETHER)
-            for site, a, g in batch.sites()
-            if site != ("heads", 0)
-        }
-        features = [feature[batch.counts].split(_TOGETHER) for feature in batch.features]
-        for place in range(len(effects["neurons", 0])):
-            predicted = self.predict([parts[place] for parts in features])
-            for site, parts in effects.items():
-                if site in predicted:
-                    self._predicted[site].add(predicted[site])
-                scores = predicted.get(site, self._means[site].expand_as(parts[place]))
-                self._damage[site].add(scores, parts[place])
+        tokens = int(self.counts["tokens", 0])
+        nothing = torch.zeros(LEVELS, dtype=torch.float64)
+        squares = [self.damages.get((kind, layer), nothing).cpu() for layer in self._layers(kind)]
+        return torch.stack([damage_table(one, tokens) for one in squares])
 
     def metrics(self) -> dict[str, Any]:
         """Means over the tokens measured: of all units, and a list of those within each layer."""
         found: dict[str, Any] = {}
-        for key, rows in self._measured.items():
-            found[key], *by_layer = torch.cat(rows).double().mean(dim=0).tolist()
-            always = [None] * ("heads" in key)  # layer 0's heads always run
-            found[f"{key}_by_layer"] = always + by_layer
+        for (name, _), total in self.measured.items():
+            found[name], *by_layer = (total / self.counts["measured", 0]).tolist()
+            always = [None] * ("heads" in name)  # layer 0's heads always run
+            found[f"{name}_by_layer"] = always + by_layer
         return found
+
+    def recall(self) -> float:
+        """Of the neurons that matter most, so far; NaN if nothing is known."""
+        total = self.measured.get(("recall_neurons_50", 0))
+        return float("nan") if total is None else float(total[0] / self.counts["measured", 0])
+
+    def _layers(self, kind: str) -> list[int]:
+        return sorted(layer for name, layer in self.means if name == kind)
+
+
+class Measurement:
+    """A fit and one held-out batch.
+
+    Args:
+        fit: Is added to.
+        batch: The batch; its units follow by `add`.
+        spread: bool [B, T], the positions that quantiles and damage are taken at.
+        ranked: bool [B, T], the few at which all units are ranked.
+    """
+
+    def __init__(self, fit: Fit, batch: Batch, spread: Tensor, ranked: Tensor) -> None:
+        """Start with what predictors see."""
+        self.fit, self.spread, self.ranked = fit, spread, ranked
+        add(fit.counts, ("tokens", 0), spread.sum())
+        self._codes = []
+        for tap, predictor in enumerate(fit.predictors):
+            x = batch.feature(tap)
+            rows = (places.to(x.device) for places in (spread, ranked))
+            self._codes.append(tuple(predictor.encode(x[own]) for own in rows))
+        # g is of each example's mean loss; its sum is what a token does to all that follow.
+        self._scored = batch.counts.sum(dim=1).float()[:, None, None]
+        self._known: dict[Site, Tensor] = {}
+        self._true: dict[Site, Tensor] = {}
+
+    def add(self, units: Units) -> None:
+        """Add a layer's units."""
+        fit, site = self.fit, units.site
+        if site == ("heads", 0):
+            return
+        device = units.a.device
+        spread, ranked = self.spread.to(device), self.ranked.to(device)
+        effects = (
+            over_values(units.g * units.a)[spread]
+            * self._scored.to(device).expand(*spread.shape, 1)[spread]
+        )
+        scores, known = self._predict(site, 0), self._predict(site, 1)
+        if scores is not None:
+            add(fit.histograms, site, histogram(scores))
+        else:
+            scores = fit.means[site].expand_as(effects)
+        rows = max(1, _TOGETHER // effects.shape[1])
+        for part in zip(scores.to(device).split(rows), effects.split(rows), strict=True):
+            add(fit.damages, site, damage(*part))
+        if fit.criterion.score is not None:  # else no token has a true score
+            true = units.ahead(fit.criterion.score(units), fit.refresh)[ranked]
+            self._true[site] = (true * fit.factors[site]).to(self.ranked.device)
+            mean = fit.means[site].expand_as(self._true[site])
+            self._known[site] = (mean if known is None else known).to(self.ranked.device)
+
+    def finish(self) -> None:
+        """Rank what was added."""
+        if not self.ranked.any():
+            return
+        add(self.fit.counts, ("measured", 0), self.ranked.sum())
+        for kind in ("heads", "neurons"):
+            sites = sorted(site for site in self._true if site[0] == kind)
+            if not sites:
+                continue
+            layers = [(self._known[site], self._true[site]) for site in sites]
+            scores, true = (torch.cat(both, dim=1) for both in zip(*layers, strict=True))
+            by_layer = [_agreement(*both) for both in layers]
+            for name, values in _agreement(scores, true).items():
+                prefix, _, suffix = name.partition("_")
+                columns = torch.stack([values, *(one[name] for one in by_layer)], dim=1)
+                key = "_".join(filter(None, (prefix, kind, suffix)))
+                add(self.fit.measured, (key, 0), columns.double().sum(dim=0))
+
+    def _predict(self, site: Site, which: int) -> Tensor | None:
+        """Predicted scores at the spread (0) or ranked (1) positions; None if nobody predicts."""
+        index = self.fit.predictor_of.get(site)
+        if index is None:
+            return None
+        return self.fit.predictors[index].score(self._codes[index][which], *site)
 
 
 def _agreement(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:

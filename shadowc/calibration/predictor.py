@@ -22,6 +22,8 @@ Source: one early predictor for the whole model: ShadowLLM (arXiv 2406.16635); o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -98,6 +100,18 @@ class ShadowPredictor(nn.Module):
             heads = neurons[..., :0]
         return heads.unflatten(-1, layers[0]), neurons.unflatten(-1, layers[1])
 
+    def encode(self, feature: Tensor) -> Tensor:
+        """What all scores of a token are made of: fp32 [N, C] -> [N, R]."""
+        rank, random = self.mixer_weight.shape
+        hidden = nn.functional.linear(feature, self.first_weight, self.first_bias)
+        features, direct = hidden.split((random, rank), dim=-1)
+        code: Tensor = direct + nn.functional.linear(features.relu(), self.mixer_weight)
+        return code
+
+    def score(self, code: Any, kind: str, layer: int) -> Tensor:
+        """Scores of one layer's units, fp32 [N, U], of what `encode` gave."""
+        return _layer_scores(self, code, kind, layer)
+
 
 class TwoLayerPredictor(nn.Module):
     """A two-layer network for the heads and another for the neurons, as the paper trains them.
@@ -133,6 +147,32 @@ class TwoLayerPredictor(nn.Module):
             scores = linear(hidden, own[f"{kind}_weight"], own[f"{kind}_bias"])
             found.append(scores.unflatten(-1, shape))
         return found[0], found[1]
+
+    def encode(self, feature: Tensor) -> dict[str, Tensor]:
+        """What all scores of a token are made of, by kind: fp32 [N, C] -> [N, hidden]."""
+        own = dict(self.named_buffers())
+        return {
+            kind: nn.functional.linear(
+                feature, own[f"{kind}_first"], own[f"{kind}_first_bias"]
+            ).relu()
+            for kind in ("heads", "neurons")
+        }
+
+    def score(self, code: Any, kind: str, layer: int) -> Tensor:
+        """Scores of one layer's units, fp32 [N, U], of what `encode` gave."""
+        return _layer_scores(self, code[kind], kind, layer)
+
+
+def _layer_scores(
+    predictor: ShadowPredictor | TwoLayerPredictor, code: Tensor, kind: str, layer: int
+) -> Tensor:
+    heads = kind == "heads"
+    units = predictor.units[0 if heads else 1]
+    first = (layer - (predictor.tap.heads if heads else predictor.tap.neurons).start) * units
+    weight, bias = (
+        predictor.get_buffer(f"{kind}_{name}")[first : first + units] for name in ("weight", "bias")
+    )
+    return nn.functional.linear(code, weight, bias)
 
 
 Predictor = ShadowPredictor | TwoLayerPredictor

@@ -12,28 +12,21 @@ QUANTILES = 257
 _HALF = 1 << 15
 
 
-class Histogram:
-    """Counts of fp32 values; any order of adding gives the same."""
+def histogram(values: Tensor) -> Tensor:
+    """Counts of fp32 values of any shape, int64 [BINS]; they add up."""
+    bins = (_turned(values.flatten().view(torch.int32)) >> 16) + _HALF
+    return torch.bincount(bins, minlength=2 * _HALF)
 
-    def __init__(self) -> None:
-        """Start from nothing."""
-        self.counts = torch.zeros(2 * _HALF, dtype=torch.int64)
 
-    def add(self, values: Tensor) -> None:
-        """Count the values of a tensor of any shape."""
-        bins = (_turned(values.flatten().view(torch.int32)) >> 16) + _HALF
-        self.counts += torch.bincount(bins, minlength=2 * _HALF).cpu()
-
-    def quantiles(self) -> Tensor:
-        """Quantiles 0/256, 1/256, ..., 256/256 of the values, fp32 [QUANTILES], ascending."""
-        reached = self.counts.cumsum(0)
-        wanted = torch.linspace(0, 1, QUANTILES, dtype=torch.float64) * reached[-1]
-        bins = torch.searchsorted(reached.double(), wanted.clamp(min=0.5))
-        counts = self.counts[bins]
-        share = (wanted - (reached[bins] - counts)) / counts
-        low, high = (_turned((edge << 16).int()).view(torch.float32) for edge in
-                     (bins - _HALF, bins + 1 - _HALF))  # fmt: skip
-        return torch.lerp(low.double(), high.double(), share).float()
+def quantiles(counts: Tensor) -> Tensor:
+    """Quantiles 0/256, 1/256, ..., 256/256 of what was counted, fp32 [QUANTILES], ascending."""
+    reached = counts.cumsum(0)
+    wanted = torch.linspace(0, 1, QUANTILES, dtype=torch.float64) * reached[-1]
+    bins = torch.searchsorted(reached.double(), wanted.clamp(min=0.5))
+    share = (wanted - (reached[bins] - counts[bins])) / counts[bins]
+    low, high = (_turned((edge << 16).int()).view(torch.float32) for edge in
+                 (bins - _HALF, bins + 1 - _HALF))  # fmt: skip
+    return torch.lerp(low.double(), high.double(), share).float()
 
 
 def _turned(bits: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ Scores are never kept, only sums of them (P features, U units, of a criterion's 
 
     phi^T phi   [P, P]        phi^T sqrt(S)   [P, U]        sum phi, sum S, sum sqrt(S)
 
-Sums of several parts of the data add up (`merge`), and can be written and read back (`state`,
-`load_state`). Every tap has its own phi; a unit's sums are taken with that of the tap that scores
+Every tap has its own phi; a unit's sums are taken with that of the tap that scores
 it, so several taps need no more memory than one.
 
 The `static` score of a unit is its mean S. A predictor regresses sqrt(S): importance per
@@ -31,7 +30,8 @@ P = C + M and U = H (L-1) + F L: 43 MB for opt-books-15m, 2.0 GB for OPT-1.3B.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -39,10 +39,9 @@ import torch
 from torch import Tensor, nn
 
 from shadowc.calibration.collect import Batch
-from shadowc.calibration.criteria import Criterion, Moments, Site
+from shadowc.calibration.criteria import Criterion, Moments, Site, Units, over_values
 from shadowc.calibration.predictor import ShadowPredictor
 from shadowc.config import ModelShape, taps_of
-from shadowc.errors import CalibrationError
 
 _Key = TypeVar("_Key", bound=Hashable)
 #: What multiplies the scores of a site's units, fp32 [U].
@@ -51,84 +50,135 @@ Factors = dict[Site, Tensor]
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """Feature -> phi: z = (x - mean) * scale, and relu(weight z + bias) beside it.
+    """Feature -> phi: z = (x - mean) * scale, and relu(weight z + bias) beside basis z.
 
     Attributes:
         mean: fp32 [C].
         scale: fp32 [C].
         weight: fp32 [M, C], random.
         bias: fp32 [M], random.
+        basis: fp32 [C', C], orthonormal: the directions in which z varies most, all of them where
+            it is empty [0, C].
     """
 
     mean: Tensor
     scale: Tensor
     weight: Tensor
     bias: Tensor
+    basis: Tensor
 
     def expand(self, feature: Tensor) -> Tensor:
-        """Phi, what the ridge regression sees: fp32 [..., C] -> [..., C + M]."""
+        """Phi, what the ridge regression sees: fp32 [..., C] -> [..., C' + M]."""
         z = (feature - self.mean) * self.scale
-        random = torch.relu(nn.functional.linear(z, self.weight, self.bias))
-        return torch.cat((z, random), dim=-1)
+        with _rounded_products():
+            linear = nn.functional.linear(z, self.basis) if len(self.basis) else z
+            if not len(self.weight):
+                return linear
+            random = torch.relu(nn.functional.linear(z, self.weight, self.bias))
+        return torch.cat((linear, random), dim=-1)
 
     def fold(self, predictor: ShadowPredictor, encoder: Tensor, bias: Tensor) -> None:
         """Write code = encoder phi + bias into a predictor, which reads x itself."""
-        width = len(self.mean)
-        weight = torch.cat((self.weight.double(), encoder[:, :width])) * self.scale
+        width = len(self.basis) or len(self.mean)
+        linear = encoder[:, :width]
+        if len(self.basis):
+            linear = linear @ self.basis.double()
+        weight = torch.cat((self.weight.double(), linear)) * self.scale
         predictor.first_weight = weight.float()
         predictor.first_bias = (torch.cat((self.bias, bias)) - weight @ self.mean.double()).float()
         predictor.mixer_weight = encoder[:, width:].float()
 
 
+class FeatureMoments:
+    """What a tap's map is made of: the moments of its feature over some tokens.
+
+    The directions in which z varies most are the range of Z^T Z Omega for a random Omega [C, C'].
+
+    Args:
+        width: C.
+        most: C', at most; where C is not above it, phi has all of z.
+        generator: Draws Omega, and what the map draws.
+
+    Source: Halko, Martinsson and Tropp 2011 (arXiv 0909.4061).
+    """
+
+    def __init__(self, width: int, most: int, generator: torch.Generator) -> None:
+        """Start from nothing."""
+        self.generator = generator
+        self.omega = torch.randn(width, most if width > most else 0, generator=generator)
+        self.tokens = 0
+        self.sum = self.square = self.range = torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        """Add a feature of some tokens, fp32 [N, C]."""
+        self.omega = self.omega.to(rows.device)
+        self.tokens += len(rows)
+        self.sum = self.sum.to(rows.device) + rows.double().sum(dim=0)
+        self.square = self.square.to(rows.device) + rows.double().square().sum(dim=0)
+        self.range = self.range.to(rows.device) + (rows.T @ (rows @ self.omega)).double()
+
+    def map(self, random: int) -> FeatureMap:
+        """The map, with M random features."""
+        mean, width = self.sum / self.tokens, len(self.sum)
+        scale = (self.square / self.tokens - mean.square()).clamp(min=1e-12).rsqrt()
+        weight = torch.randn(random, width, generator=self.generator) * width**-0.5
+        bias = torch.randn(random, generator=self.generator)
+        centred = self.range - torch.outer(self.sum, mean @ self.omega.double())
+        basis = torch.linalg.qr((scale[:, None] * centred).float()).Q.T.contiguous()
+        return FeatureMap(
+            mean.float(), scale.float(), weight.to(mean.device), bias.to(mean.device), basis
+        )
+
+
 class Tables:
-    """Attributes that are tables, (name, index) -> tensor, and can be written and read back."""
+    """Attributes that are tables of sums, (name, layer) -> tensor.
+
+    Those of several parts of the data add up, and can be written and read back.
+    """
 
     tables: tuple[str, ...]
-    generator: torch.Generator | None = None
 
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor as `TABLE.NAME.INDEX`, and where the generator is."""
-        drawn = {"generator": self.generator.get_state()} if self.generator else {}
-        return drawn | {
-            f"{table}.{name}.{index}": value
+    def sums(self) -> dict[str, Tensor]:
+        """Every sum, itself, as `TABLE.NAME.LAYER`."""
+        return {
+            f"{table}.{name}.{layer}": value
             for table in self.tables
-            for (name, index), value in getattr(self, table).items()
+            for (name, layer), value in getattr(self, table).items()
         }
 
-    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+    def made(self) -> dict[str, Tensor]:
+        """What the sums are made with, which does not add up."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it takes to go on."""
+        return self.sums() | self.made()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave."""
-        for key, value in state.items():
-            if self.generator and key == "generator":
-                self.generator.set_state(value)
-                continue
-            table, name, index = key.split(".")
-            getattr(self, table)[name, int(index)] = value.to(device)
-
-
-class Sums(Tables):
-    """Tables of sums, which add up."""
-
-    def merge(self, other: Sums) -> None:
-        """Add the sums of other data, taken with the same features."""
         for table in self.tables:
-            for key, value in getattr(other, table).items():
-                _add(getattr(self, table), key, value)
+            getattr(self, table).clear()
+        for key, value in state.items():
+            table, name, layer = key.split(".")
+            getattr(self, table)[name, int(layer)] = value
 
 
-class FeatureSums(Sums):
+class FeatureSums(Tables):
     """Sums that every criterion shares.
 
     Args:
         shape: The model's shape.
         taps: Layers whose predictors are fitted; none for `static`.
-        maps: For each tap what gives its phi.
+
+    Attributes:
+        maps: For each tap what gives its phi; to be filled before the first batch.
     """
 
     tables = ("counts", "gram", "gradient_square", "zeros")
 
-    def __init__(self, shape: ModelShape, taps: Sequence[int], maps: Sequence[FeatureMap]) -> None:
+    def __init__(self, shape: ModelShape, taps: Sequence[int]) -> None:
         """Start from nothing."""
-        self.shape, self.maps = shape, list(maps)
+        self.shape, self.maps = shape, list[FeatureMap]()
         self.taps = taps_of(shape.layers, taps) if taps else ()
         self.counts: dict[tuple[str, int], Tensor] = {}
         self.gram: dict[tuple[str, int], Tensor] = {}
@@ -142,64 +192,50 @@ class FeatureSums(Sums):
             for layer in layers
         }
 
+    def made(self) -> dict[str, Tensor]:
+        """What phi is made with."""
+        return {
+            f"maps.{name}.{tap.layer}": value
+            for tap, one in zip(self.taps, self.maps, strict=bool(self.maps))
+            for name, value in vars(one).items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        names = [field.name for field in fields(FeatureMap)]
+        if any(key.startswith("maps.") for key in state):
+            self.maps = [
+                FeatureMap(*(state[f"maps.{name}.{tap.layer}"] for name in names))
+                for tap in self.taps
+            ]
+        super().load_state({k: v for k, v in state.items() if not k.startswith("maps.")})
+
     @property
     def tokens(self) -> int:
         """Positions that counted."""
         return int(self.counts["tokens", 0])
 
-    def merge(self, other: Sums) -> None:
-        """Add the sums of other data, taken with the same features.
+    def count(self, batch: Batch) -> None:
+        """Add a batch's positions; its features and units follow."""
+        add(self.counts, ("tokens", 0), batch.counts.sum())
 
-        Raises:
-            CalibrationError: If they were taken with others.
-        """
-        mine, theirs = (
-            {k: v for k, v in sums.state().items() if k.startswith("maps.")}
-            for sums in (self, other)
-        )
-        if mine.keys() != theirs.keys() or any(
-            not torch.equal(mine[k].cpu(), theirs[k].cpu()) for k in mine
-        ):
-            raise CalibrationError(
-                "the sums were taken with other features", expected="the same taps, data and seed"
-            )
-        super().merge(other)
+    def add(self, units: Units) -> None:
+        """Add a layer's units."""
+        site = units.site
+        add(self.gradient_square, site, units.sum(over_values(units.g.square())))
+        if site[0] == "neurons":
+            add(self.zeros, site, units.sum((units.a == 0).float().squeeze(-1)))
 
-    def state(self) -> dict[str, Tensor]:
-        """Every sum, and what phi is made with."""
-        return super().state() | {
-            f"maps.{name}.{tap}": value
-            for tap, one in enumerate(self.maps)
-            for name, value in vars(one).items()
-        }
-
-    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Go on from what `state` gave."""
-        sums = dict(state)
-        self.maps = [
-            FeatureMap(**{
-                field.name: sums.pop(f"maps.{field.name}.{tap}").to(device)
-                for field in fields(FeatureMap)
-            })
-            for tap in range(len(self.taps))
-        ]  # fmt: skip
-        super().load_state(sums, device)
-
-    def add(self, batch: Batch) -> list[Tensor]:
-        """Add a batch; returns each tap's phi, fp32 [B, T, P], zero where nothing counts."""
-        _add(self.counts, ("tokens", 0), batch.counts.sum())
-        for site, a, g in batch.sites():
-            _add(self.gradient_square, site, _sum(batch, g.square().sum(dim=-1)))
-            if site[0] == "neurons":
-                _add(self.zeros, site, _sum(batch, (a == 0).float().squeeze(-1)))
-        found = []
-        taps = zip(self.maps, batch.features, strict=bool(self.maps))  # no phi without maps
-        for tap, (feature_map, feature) in enumerate(taps):
-            phi = feature_map.expand(feature) * batch.counts[..., None]
-            _add(self.gram, ("square", tap), torch.einsum("btp,btq->pq", phi, phi).double())
-            _add(self.gram, ("sum", tap), _sum(batch, phi))
-            found.append(phi)
-        return found
+    def add_feature(self, batch: Batch, tap: int) -> Tensor:
+        """Add what a tap read; returns phi, fp32 [B, T, P], zero where nothing counts."""
+        feature = batch.feature(tap)
+        counts = batch.counts.to(feature.device)[..., None]
+        phi = self.maps[tap].expand(feature).mul_(counts)
+        flat = phi.flatten(0, 1)
+        layer = self.taps[tap].layer
+        add(self.gram, ("square", layer), (flat.T @ flat).double())
+        add(self.gram, ("sum", layer), flat.sum(dim=0).double())
+        return phi
 
     def zero_rate(self) -> Tensor:
         """Share of tokens whose activation is exactly zero, fp32 [L, F]."""
@@ -207,41 +243,41 @@ class FeatureSums(Sums):
         return (zeros / self.tokens).float().cpu()
 
 
-class ScoreSums(Sums):
+class ScoreSums(Tables):
     """Sums of one criterion's scores; the scores themselves are never stored.
 
     Args:
         criterion: The criterion.
-        seed: Of criteria that draw.
         refresh: Tokens that a mask serves, as in `Policy`: a predictor regresses their mean.
     """
 
     tables = ("totals", "roots", "products")
 
-    def __init__(self, criterion: Criterion, seed: int, refresh: int = 1) -> None:
+    def __init__(self, criterion: Criterion, refresh: int = 1) -> None:
         """Start from nothing."""
         self.criterion, self.refresh = criterion, refresh
-        self.generator: torch.Generator = torch.Generator().manual_seed(seed)
         self.totals: dict[Site, Tensor] = {}
         self.roots: dict[Site, Tensor] = {}
         self.products: dict[Site, Tensor] = {}
 
-    def add(self, batch: Batch, phi: Sequence[Tensor], tap_of: Mapping[Site, int]) -> None:
-        """Add a batch whose features are `phi`, a tap each."""
-        criterion = self.criterion
-        for units in batch.units(self.generator):
-            site = units.site
-            scores = criterion.score(units) if criterion.score else None
-            if criterion.total:
-                _add(self.totals, site, criterion.total(units))
-            elif scores is not None:
-                _add(self.totals, site, _sum(batch, scores))
-            if scores is not None and site in tap_of:
-                scores = batch.ahead(scores, self.refresh)
-                roots = scores.abs().sqrt_().copysign_(scores)  # of grasp's sign
-                _add(self.roots, site, _sum(batch, roots))
-                product = torch.einsum("btp,btu->pu", phi[tap_of[site]], roots)
-                _add(self.products, site, product)
+    def add(self, units: Units, phi: Tensor | None) -> None:
+        """Add a layer's units; `phi` is of the tap that scores them, None if nobody does."""
+        criterion, site = self.criterion, units.site
+        scores = criterion.score(units) if criterion.score else None
+        if criterion.total:
+            add(self.totals, site, criterion.total(units))
+        elif scores is not None:
+            add(self.totals, site, units.sum(scores))
+        if scores is not None and phi is not None:
+            scores = units.ahead(scores, self.refresh)
+            roots = scores.sqrt()
+            if criterion.signed:
+                roots = scores.abs().sqrt_().copysign_(scores)
+            add(self.roots, site, units.sum(roots))
+            phi = phi.to(roots.device)
+            with _rounded_products():
+                product = phi.flatten(0, 1).T @ roots.flatten(0, 1)
+            add(self.products, site, product)
 
     def ranking_units(self, features: FeatureSums) -> tuple[Factors, dict[Site, Tensor]]:
         """What brings scores to the scale in which units are ranked, and the mean scores in it."""
@@ -275,8 +311,9 @@ def regress(
         rank: R, at most P.
         ridge: Strength of the regularisation, in units of P / tokens.
     """
-    n, mean = features.tokens, features.gram["sum", index] / features.tokens
-    gram = features.gram["square", index] / n - mean[:, None] * mean
+    known, tap = features.maps[index], features.taps[index]
+    n, mean = features.tokens, features.gram["sum", tap.layer] / features.tokens
+    gram = features.gram["square", tap.layer] / n - mean[:, None] * mean
     size = len(gram)
     gram.diagonal().add_(ridge * size / n * gram.diagonal().mean())
     energy = torch.zeros_like(gram)
@@ -285,32 +322,42 @@ def regress(
     for site in sites:
         product, root = scores.products[site], factors[site].sqrt()
         biases[site] = (scores.roots[site] / n).float() * root
-        product.div_(n).mul_(root).addr_(mean.float(), biases[site], alpha=-1.0)
-        energy += (product @ product.T).double()
+        product.div_(n).mul_(root).addr_(mean.float().to(root.device), biases[site], alpha=-1.0)
+        energy += (product @ product.T).double().to(energy.device)
     identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
     inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), identity, upper=False)
     directions = torch.linalg.eigh(inverse @ energy @ inverse.T).eigenvectors
     encoder = directions[:, -min(rank, size) :].T @ inverse  # [R, P]
 
-    known, tap = features.maps[index], features.taps[index]
     random, width = known.weight.shape
     predictor = ShadowPredictor(features.shape, len(encoder), random, width, tap).to(mean.device)
     known.fold(predictor, encoder, -(encoder @ mean))
     for kind in ("heads", "neurons"):
         own = [site for site in sites if site[0] == kind]
         if own:
-            weights = [scores.products[site].T @ encoder.T.float() for site in own]
+            decoder = encoder.T.float()
+            products = [scores.products[site] for site in own]
+            weights = [(one.T @ decoder.to(one.device)).to(mean.device) for one in products]
             setattr(predictor, f"{kind}_weight", torch.cat(weights))
-            setattr(predictor, f"{kind}_bias", torch.cat([biases[site] for site in own]))
+            setattr(
+                predictor, f"{kind}_bias", torch.cat([biases[site].to(mean.device) for site in own])
+            )
     return predictor.eval()
 
 
-def _sum(batch: Batch, values: Tensor) -> Tensor:
-    """Sum of [B, T, U] over the positions that count, fp64 [U]."""
-    return torch.einsum("bt,btu->u", batch.counts.float(), values).double()
+@contextmanager
+def _rounded_products() -> Iterator[None]:
+    """Let a GPU's tensor cores take fp32 as tf32: 10 bits of what is summed over all tokens."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
-def _add(sums: dict[_Key, Tensor], key: _Key, value: Tensor) -> None:
+def add(sums: dict[_Key, Tensor], key: _Key, value: Tensor) -> None:
+    """Add to a table."""
     if key in sums:
         sums[key] += value
     else:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shadowc.calibration.collect import Batch
-from shadowc.calibration.criteria import Criterion, Site
+from shadowc.calibration.criteria import Criterion, Site, Units
 from shadowc.calibration.predictor import TwoLayerPredictor
 from shadowc.calibration.ridge import Factors, Tables
 from shadowc.config import ModelShape
@@ -45,35 +45,37 @@ class Samples(Tables):
 
     Args:
         criterion: What scores them.
-        tokens: Tokens of the data, about.
-        seed: Of criteria that draw.
+        tokens: Positions of the data that count.
         refresh: Tokens that a mask serves.
     """
 
-    tables = ("seen", "rows")
+    tables = ("rows",)
 
-    def __init__(self, criterion: Criterion, tokens: int, seed: int, refresh: int = 1) -> None:
+    def __init__(self, criterion: Criterion, tokens: int, refresh: int = 1) -> None:
         """Start from nothing."""
         self.criterion, self.refresh = criterion, refresh
         self.every = -(-tokens // SAMPLES)
-        self.generator: torch.Generator = torch.Generator().manual_seed(seed)
-        self.seen: dict[tuple[str, int], Tensor] = {("tokens", 0): torch.tensor(0)}
         #: By what it is of and where its first token is: fp32 [N, C] and [N, U].
         self.rows: dict[tuple[str, int], Tensor] = {}
 
-    def add(self, batch: Batch) -> None:
-        """Keep every so-manieth position that counts, at the one tap there is."""
-        start = int(self.seen["tokens", 0])
-        counted = batch.counts.flatten().nonzero()[:, 0]
-        chosen = counted[(torch.arange(len(counted)) + start) % self.every == 0]
-        self.seen["tokens", 0] = torch.tensor(start + len(counted))
-        self.rows["feature", start] = batch.features[0].flatten(0, 1)[chosen].cpu()
-        for units in batch.units(self.generator):
-            if units.site != ("heads", 0):
-                assert self.criterion.score is not None
-                scores = batch.ahead(self.criterion.score(units), self.refresh)
-                own = scores.flatten(0, 1)[chosen].cpu()
-                self.rows[f"{units.kind} {units.layer}", start] = own
+    def add(self, batch: Batch, units: Units, start: int) -> None:
+        """Keep every so-manieth position that counts, at the one tap there is.
+
+        Args:
+            batch: Of the units.
+            units: A layer's.
+            start: Positions that count in the data before this batch.
+        """
+        counted = units.counts.flatten().nonzero()[:, 0]
+        places = torch.arange(start, start + len(counted), device=counted.device)
+        chosen = counted[places % self.every == 0]
+        if units.site == ("heads", 0):
+            feature = batch.feature(0)
+            self.rows["feature", start] = feature.flatten(0, 1)[chosen.to(feature.device)].cpu()
+        else:
+            assert self.criterion.score is not None
+            scores = units.ahead(self.criterion.score(units), self.refresh)
+            self.rows[f"{units.kind} {units.layer}", start] = scores.flatten(0, 1)[chosen].cpu()
 
     def of(self, name: str) -> Tensor:
         """All rows of one name, in the order of the data."""

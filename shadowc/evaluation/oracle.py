@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -47,15 +48,14 @@ def true_scores(
             fix="leave the oracle out",
         )
     collector = Collector(loaded.model, loaded.shape, "residual", (), chosen.needs)
-    generator = torch.Generator().manual_seed(seed)
     known = _factors(collector, chosen, windows) if factors is None else factors
 
-    def scores(ids: Tensor) -> tuple[Tensor, Tensor]:
-        batch = _run(collector, ids.tolist())
+    calls = itertools.count(seed)
 
+    def scores(ids: Tensor) -> tuple[Tensor, Tensor]:
         found: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
-        for units in batch.units(generator):
-            found[units.kind].append(score(units) * known.get(units.site, 1.0))
+        for units in _run(collector, ids.tolist(), next(calls)):
+            found[units.kind].insert(0, score(units) * known.get(units.site, 1.0))
         return torch.stack(found["heads"], dim=2), torch.stack(found["neurons"], dim=2)
 
     return scores
@@ -77,14 +77,11 @@ def _factors(
     for window in windows:
         batch = _run(collector, [window])
         count += int(batch.counts.sum())
-        for kind, values in (("heads", batch.heads), ("neurons", batch.neurons)):
-            for layer, (_, g) in enumerate(values):
-                square = g.square().sum(dim=-1)[batch.counts].sum(dim=0)
-                sums[kind, layer] = sums.get((kind, layer), torch.zeros(())) + square
+        for units in batch:
+            square = units.g.square().sum(dim=-1)[units.counts].sum(dim=0)
+            sums[units.site] = sums.get(units.site, torch.zeros(())) + square
     return {site: criterion.factor(Moments(total / count)) for site, total in sums.items()}
 
 
-def _run(collector: Collector, windows: Sequence[Sequence[int]]) -> Batch:
-    examples = [Example(list(ids), [True] * len(ids)) for ids in windows]
-    with torch.inference_mode(False):  # gradients need tensors that were made outside of it
-        return collector.run(examples)
+def _run(collector: Collector, windows: Sequence[Sequence[int]], seed: int = 0) -> Batch:
+    return collector.run([Example(list(ids), [True] * len(ids)) for ids in windows], seed)

@@ -37,6 +37,7 @@ from shadowc.calibration.data import Example, calibration_examples, evaluation_w
 from shadowc.calibration.fit import FitOptions, calibrate
 from shadowc.calibration.measure import centred_ranks
 from shadowc.calibration.predictor import Predictor
+from shadowc.calibration.progress import showing
 from shadowc.calibration.store import JSON_FILE, Calibration, load_calibration, save_calibration
 from shadowc.compiler import check_same_model
 from shadowc.config import ModelShape, Policy
@@ -308,7 +309,10 @@ class _Sweep:
                 self.loaded, own.data, own.examples, own.seq_len, own.seed
             )
             fitting = FitOptions((own.criterion,), name, seed=own.seed)
-            (fitted,) = calibrate(self.loaded, examples, fitting, data=own.data, progress=True)
+            with showing("bar") as progress:
+                (fitted,) = calibrate(
+                    self.loaded, examples, fitting, data=own.data, progress=progress
+                )
             save_calibration(fitted, directory)
             return {"sha256": sha256(directory / JSON_FILE)}
 

@@ -1,15 +1,23 @@
+import copy
+
 import pytest
 import torch
 
 from shadowc.calibration.collect import Collector
 from shadowc.calibration.criteria import CRITERIA
 from shadowc.calibration.data import Example
+from shadowc.errors import CalibrationError
 from shadowc.models import LoadedModel, load_model
 
 
 def example(tiny, tokens: int, seed: int = 0, scored=None) -> Example:
     ids = tiny.ids(1, tokens, seed)[0].tolist()
     return Example(ids, [True] * tokens if scored is None else scored)
+
+
+def sites(batch):
+    """{(kind, layer): (a, g)}"""
+    return {units.site: (units.a, units.g) for units in batch}
 
 
 def losses(model, ids, module=None, change=None):
@@ -39,7 +47,7 @@ def test_gradients_are_directional_derivatives(tiny, kind):
     one, t, layer, eps = example(tiny, 10), 4, 1, 3e-2
     collector = Collector(tiny.loaded.model, tiny.shape, "residual")
     batch = collector.run([one])
-    a, g = getattr(batch, kind)[layer]
+    a, g = sites(batch)[kind, layer]
     expected = (a * g).sum(dim=-1)[0, t]
     module = getattr(collector, kind)[layer]
     ids = torch.tensor([one.ids])
@@ -68,7 +76,7 @@ def test_plainact_ranks_like_knocking_a_unit_out():
     inputs, t = torch.tensor([ids]).expand(loaded.shape.heads, -1), len(ids) - 2
     base = losses(loaded.model, inputs[:1]).mean()
     true, scored = [], []
-    for units in batch.units(torch.Generator()):
+    for units in batch:
         if units.kind == "neurons":
             continue
         scored.append(CRITERIA["plainact"].score(units)[0, t])
@@ -89,7 +97,7 @@ def test_positions_that_count(tiny):
     batch = collector.run([example(tiny, 9), example(tiny, 6)])
     assert batch.counts[0].nonzero().flatten().tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert batch.counts[1].nonzero().flatten().tolist() == [1, 2, 3, 4]
-    for _, g in (*batch.heads, *batch.neurons):
+    for _, g in sites(batch).values():
         assert not g[0, 8:].any() and not g[1, 5:].any()
         assert g[0, 7].any() and g[1, 4].any()
 
@@ -100,21 +108,39 @@ def test_tokens_before_a_masked_loss_get_gradient_from_later_ones(tiny):
         [example(tiny, 9, scored=scored)]
     )
     assert batch.counts[0].nonzero().flatten().tolist() == [1, 2, 3, 4, 5, 6, 7]
-    assert batch.neurons[0][1][0, 3].any()  # through the attention of later layers
-    assert not batch.neurons[-1][1][0, 3].any() and batch.neurons[-1][1][0, 7].any()
+    found = sites(batch)
+    assert found["neurons", 0][1][0, 3].any()  # through the attention of later layers
+    last = found["neurons", tiny.shape.layers - 1][1]
+    assert not last[0, 3].any() and last[0, 7].any()
 
 
 def test_a_batch_with_padding_equals_its_examples_alone(tiny):
     collector = Collector(tiny.loaded.model, tiny.shape, "residual")
     short, long = example(tiny, 6, 1), example(tiny, 11, 2)
     together = collector.run([short, long])
+    pairs = sites(together)
     for row, one in enumerate((short, long)):
         alone, n = collector.run([one]), len(one.ids)
-        torch.testing.assert_close(together.features[0][row, :n], alone.features[0][0])
-        for kind in ("heads", "neurons"):
-            for pair, single in zip(getattr(together, kind), getattr(alone, kind), strict=True):
-                for x, y in zip(pair, single, strict=True):
-                    assert (x[row, :n] - y[0]).norm() <= 1e-4 * y[0].norm()
+        torch.testing.assert_close(together.feature(0)[row, :n], alone.feature(0)[0])
+        for site, single in sites(alone).items():
+            for x, y in zip(pairs[site], single, strict=True):
+                assert (x[row, :n] - y[0]).norm() <= 1e-4 * y[0].norm()
+
+
+def test_layers_that_run_once_more_give_the_same(tiny):
+    """Whatever number of layers keeps its graph."""
+    examples = [example(tiny, 9, 1), example(tiny, 12, 2)]
+    whole = Collector(tiny.loaded.model, tiny.shape, "entry", (0, 2)).run(examples)
+    expected = sites(whole)
+    assert list(expected)[0] == ("neurons", tiny.shape.layers - 1)
+    for keep in (0, 1, 2):
+        batch = Collector(tiny.loaded.model, tiny.shape, "entry", (0, 2), keep=keep).run(examples)
+        assert batch.loss == whole.loss
+        torch.testing.assert_close(batch.feature(1), whole.feature(1), rtol=0, atol=0)
+        found = sites(batch)
+        assert found.keys() == expected.keys()
+        for site, pair in found.items():
+            torch.testing.assert_close(pair, expected[site], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("taps", [(0,), (0, 2)])
@@ -124,10 +150,12 @@ def test_features_alone_are_the_features_of_the_pass(tiny, feature, taps):
     examples = [example(tiny, 7), example(tiny, 5)]
     alone, counts = collector.features(examples)
     batch = collector.run(examples)
-    torch.testing.assert_close(alone, batch.features, rtol=0, atol=0)
+    read = [batch.feature(tap) for tap in range(len(taps))]
+    torch.testing.assert_close(alone, read, rtol=0, atol=0)
     assert torch.equal(counts, batch.counts) and len(alone) == len(taps)
+    found = sites(batch)
     for tap, x in zip(taps, alone, strict=True):
-        assert torch.equal(x, batch.heads[tap][0].flatten(2)) == (feature == "context")
+        assert torch.equal(x, found["heads", tap][0].flatten(2)) == (feature == "context")
 
 
 def test_entry_is_the_norm_of_the_layers_input(tiny):
@@ -139,8 +167,8 @@ def test_entry_is_the_norm_of_the_layers_input(tiny):
     for handle in handles:
         handle.remove()
     name = "self_attn_layer_norm" if tiny.shape.architecture == "opt" else "input_layernorm"
-    for layer, x, y in zip(layers, states, found.features, strict=True):
-        torch.testing.assert_close(layer.get_submodule(name)(x), y)
+    for tap, (layer, x) in enumerate(zip(layers, states[-3:], strict=True)):
+        torch.testing.assert_close(layer.get_submodule(name)(x), found.feature(tap))
 
 
 def test_normed_is_the_norm_of_the_residual(tiny):
@@ -157,7 +185,7 @@ def test_normed_is_the_norm_of_the_residual(tiny):
 
 def test_the_model_is_left_as_it_was(tiny):
     model = tiny.loaded.model
-    Collector(model, tiny.shape, "residual").run([example(tiny, 6)])
+    sites(Collector(model, tiny.shape, "residual").run([example(tiny, 6)]))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
@@ -171,9 +199,23 @@ def test_half_precision_gradients(dtype, tolerance):
         batch = Collector(loaded.model, loaded.shape, "residual").run(
             [Example(ids, [True] * len(ids))]
         )
-        assert batch.heads[0][1].dtype == torch.float32
-        return torch.cat([g.flatten() for _, g in batch.heads])
+        found = [g for (kind, _), (_, g) in sites(batch).items() if kind == "heads"]
+        assert found[0].dtype == torch.float32
+        return torch.cat([g.flatten() for g in found])
 
     x, y = heads(full), heads(half)
     assert (x - y).norm() / x.norm() < tolerance
     assert (x != 0).sum() == (y != 0).sum()  # nothing underflows: the loss is scaled
+
+
+def test_numbers_that_are_not_finite_are_named(tiny_opt):
+    model, shape = copy.deepcopy(tiny_opt.loaded.model), tiny_opt.shape
+    weight = model.get_parameter("model.decoder.layers.1.fc2.weight")
+    with torch.no_grad():
+        weight[3, 4] = float("nan")
+    with pytest.raises(CalibrationError, match=r"layers\.1\.fc2\.weight"):
+        Collector(model, shape, "residual").run([example(tiny_opt, 6)])
+    with torch.no_grad():
+        weight[3] = 3e38
+    with pytest.raises(CalibrationError, match="layer 1"):
+        Collector(model, shape, "residual").run([example(tiny_opt, 6)])

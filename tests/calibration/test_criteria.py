@@ -29,8 +29,7 @@ def collect(tiny, *lengths: int) -> Batch:
 
 
 def units_of(batch: Batch, kind: str, layer: int = 1) -> Units:
-    found = batch.units(torch.Generator().manual_seed(0))
-    return next(units for units in found if units.site == (kind, layer))
+    return next(units for units in batch if units.site == (kind, layer))
 
 
 def static(name: str, units: Units) -> torch.Tensor:
@@ -116,6 +115,8 @@ def test_grasp_is_the_hessian_times_the_gradient_of_the_gates(tiny):
     """Against a central difference of the gates' gradient, along that gradient."""
     data = examples(tiny.loaded, 12, 9)
     batch = collect(tiny, 12, 9)
+    order = [(kind, layer) for kind in ("heads", "neurons") for layer in range(3)]
+    scores = {units.site: CRITERIA["grasp"].score(units) for units in batch}
     shape = tiny.shape
     ones = [torch.ones(n).double() for n in [shape.heads] * 3 + [shape.ffn] * 3]
     for row, example in enumerate(data):
@@ -128,10 +129,7 @@ def test_grasp_is_the_hessian_times_the_gradient_of_the_gates(tiny):
             for s in (1, -1)
         )
         expected = [-(x - y) / (2 * eps) for x, y in zip(ahead, behind, strict=True)]
-        found = [
-            (CRITERIA["grasp"].score(units) * batch.counts[..., None]).sum(1)[row]
-            for units in batch.units(torch.Generator())
-        ]
+        found = [(scores[site] * batch.counts[..., None]).sum(1)[row] for site in order]
         for x, y in zip(found, expected, strict=True):
             # Llama's norms are fp32 even in an fp64 model, which the difference feels.
             assert (x.double() - y).norm() < 1e-2 * y.norm()
@@ -139,7 +137,6 @@ def test_grasp_is_the_hessian_times_the_gradient_of_the_gates(tiny):
 
 def test_plainact_weights_is_of_the_gradient_of_the_first_matrices(tiny):
     """Of each example alone; the first position runs dense, so it has no part in it."""
-    batch = collect(tiny, 12, 9)
     expected = torch.zeros(tiny.shape.ffn)
     for example in examples(tiny.loaded, 12, 9):
         model = copy.deepcopy(tiny.loaded.model)
@@ -160,9 +157,9 @@ def test_plainact_weights_is_of_the_gradient_of_the_first_matrices(tiny):
             gradients = torch.autograd.grad(loss, [module.weight for module in modules])
         for module, gradient in zip(modules, gradients, strict=True):
             expected += (gradient * module.weight.detach()).abs().sum(1)
-    total = CRITERIA["plainact-weights"].total(units_of(batch, "neurons"))
+    total = CRITERIA["plainact-weights"].total(units_of(collect(tiny, 12, 9), "neurons"))
     torch.testing.assert_close(total.float(), expected, rtol=1e-3, atol=1e-7)
-    heads = units_of(batch, "heads")
+    heads = units_of(collect(tiny, 12, 9), "heads")
     plainact = CRITERIA["plainact"].score(heads)[heads.counts].sum(0)
     torch.testing.assert_close(CRITERIA["plainact-weights"].total(heads).float(), plainact)
 
@@ -216,8 +213,7 @@ def test_the_factor_of_sens_is_the_rms_gradient():
 
 def test_random_is_seeded_and_not_constant(units):
     def draw(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return CRITERIA["random"].score(dataclasses.replace(units, generator=generator))
+        return CRITERIA["random"].score(dataclasses.replace(units, seed=seed))
 
     scores = draw(1)
     assert scores.shape == units.a.shape[:3] and scores.unique().numel() > 0.9 * scores.numel()
@@ -268,7 +264,7 @@ def test_ranks_like_knocking_a_unit_out(name, kind, capsys):
         return found.mean(dim=1)
 
     base, true, scored = losses(), [], []
-    for units in batch.units(torch.Generator()):
+    for units in batch:
         if units.kind != kind:
             continue
         known = static(name, units) if name == "snip" else CRITERIA[name].score(units)[0, where[0]]
@@ -301,11 +297,13 @@ def test_weight_gradients_in_half_precision_and_no_curvature():
 
 def test_what_a_criterion_needs_changes_nothing_else(tiny):
     plain = Collector(tiny.loaded.model, tiny.shape, "residual").run(examples(tiny.loaded, 12, 9))
-    more = collect(tiny, 12, 9)
-    assert not plain.curvature and not plain.first and len(more.first) == 3
-    for kind in ("heads", "neurons"):
-        for x, y in zip(getattr(plain, kind), getattr(more, kind), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-6)
+    more = {units.site: units for units in collect(tiny, 12, 9)}
+    for units in plain:
+        other = more.pop(units.site)
+        assert units.curvature is None and not units.first
+        assert other.curvature is not None and bool(other.first) == (units.kind == "neurons")
+        torch.testing.assert_close((units.a, units.g), (other.a, other.g), rtol=1e-3, atol=1e-6)
+    assert not more
     model = tiny.loaded.model
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
@@ -316,10 +314,10 @@ def test_all_criteria_are_calibrated_at_once(tiny):
     options = FitOptions(tuple(CRITERIA), "static", batch_tokens=45)
     found = dict(zip(CRITERIA, calibrate(tiny.loaded, data, options), strict=True))
     collector = Collector(tiny.loaded.model, tiny.shape, "residual", (), NEEDS)
-    batch = collector.run(data[:7] + data[8:15] + data[16:])
+    batch = {u.site: u for u in collector.run(data[:7] + data[8:15] + data[16:])}
     for name in ("snip", "fisher", "grasp", *AGGREGATE):
         assert ("spearman_heads" in found[name].metrics) == (name not in AGGREGATE)
-        raw = torch.stack([static(name, units_of(batch, "neurons", layer)) for layer in range(3)])
+        raw = torch.stack([static(name, batch["neurons", layer]) for layer in range(3)])
         scale = raw.abs().mean(1, keepdim=True) ** -CRITERIA[name].balance
         scores = found[name].mean_neuron_scores.double()
         error = (scores - raw.double() * scale).abs().max()
@@ -332,10 +330,11 @@ def test_a_signed_criterion_is_learnt(tiny):
     options = FitOptions(("grasp",), "shadow", rank=1000, ridge=1e-4, random_features=400)
     (found,) = calibrate(tiny.loaded, data, options)
     batch = collect(tiny, *[20] * 9)
+    found_units = {units.site: units for units in batch}
     heads = torch.stack(
-        [CRITERIA["grasp"].score(units_of(batch, "heads", layer)) for layer in (1, 2)], dim=2
+        [CRITERIA["grasp"].score(found_units["heads", layer]) for layer in (1, 2)], dim=2
     )
-    feature = Collector(tiny.loaded.model, tiny.shape, "residual").run(data[:7]).features[0]
+    feature = Collector(tiny.loaded.model, tiny.shape, "residual").run(data[:7]).feature(0)
     scores = found.build_predictors()[0](feature)[0][batch.counts[:7]]
     true = heads[:7][batch.counts[:7]]
     assert ((scores > 0) == (true > 0)).float().mean() > 0.9 and (true < 0).any()

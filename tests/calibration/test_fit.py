@@ -13,7 +13,8 @@ from shadowc.calibration.criteria import CRITERIA
 from shadowc.calibration.data import Example
 from shadowc.calibration.fit import FitOptions, calibrate
 from shadowc.calibration.measure import _agreement
-from shadowc.calibration.ridge import FeatureSums, ScoreSums, regress
+from shadowc.calibration.progress import showing
+from shadowc.calibration.ridge import ScoreSums
 from shadowc.calibration.store import JSON_FILE, TENSOR_FILE, save_calibration
 from shadowc.compiler import build_programs
 from shadowc.config import Policy
@@ -36,20 +37,16 @@ def all_scores(tiny, criterion, data, feature="residual"):
     """Everything at once: feature [N, C], a and g based scores {kind: [N, L, U]}, g^2."""
     collector = Collector(tiny.loaded.model, tiny.shape, feature)
     batch = collector.run(data)
-    generator = torch.Generator().manual_seed(0)
+    found = {units.site: units for units in batch}
     scores, squares = {}, {}
     for kind in ("heads", "neurons"):
-        values = getattr(batch, kind)
-        found = [
-            CRITERIA[criterion].score(units)[batch.counts]
-            for units in batch.units(generator)
-            if units.kind == kind
-        ]
-        scores[kind] = torch.stack(found, dim=1).double()
+        layers = [found[kind, layer] for layer in range(tiny.shape.layers)]
+        own = [CRITERIA[criterion].score(units)[batch.counts] for units in layers]
+        scores[kind] = torch.stack(own, dim=1).double()
         squares[kind] = torch.stack(
-            [g[batch.counts].double().square().sum(-1).mean(0) for _, g in values]
+            [units.g[batch.counts].double().square().sum(-1).mean(0) for units in layers]
         )
-    return batch.features[0][batch.counts].double(), scores, squares
+    return batch.feature(0)[batch.counts].double(), scores, squares
 
 
 def ranking_units(criterion, scores, squares):
@@ -85,8 +82,13 @@ def test_static_scores_are_means(tiny, criterion):
         ("residual", {"predictor": "fullseq"}),
     ],
 )
-def test_each_predictor_is_the_ridge_regression(tiny, feature, placed):
-    """At full rank: the same as solving from stored scores in fp64, with each tap's own feature."""
+@pytest.mark.parametrize("mapped", [64, 2])
+def test_each_predictor_is_the_ridge_regression(tiny, monkeypatch, feature, placed, mapped):
+    """At full rank: the same as solving from stored scores in fp64, with each tap's own feature.
+
+    Also where features are normalised by other examples' moments.
+    """
+    monkeypatch.setattr(fit_module, "_MAPPED_EXAMPLES", mapped)
     data = examples(tiny)
     training = data[:7] + data[8:]
     options = dataclasses.replace(QUICK, rank=1000, feature=feature, **placed)
@@ -98,16 +100,17 @@ def test_each_predictor_is_the_ridge_regression(tiny, feature, placed):
     batch = collector.run(training)
     _, scores, squares = all_scores(tiny, "sens", training)
     ranked = ranking_units("sens", scores, squares)
-    maps = fit_module._feature_maps(collector, training, options)
-    seen = [feature[batch.counts] for feature in batch.features]
+    maps = fit_module._feature_maps(collector, training, 64, options)
+    seen = [batch.feature(tap)[batch.counts] for tap in range(len(found.taps))]
     for x, feature_map, predictor in zip(seen, maps, found.build_predictors(), strict=True):
         tap = predictor.tap
         targets = torch.cat(
             [ranked[kind][:, list(getattr(tap, kind))].flatten(1) for kind in ("heads", "neurons")],
             dim=1,
         ).sqrt()
-        mean = x.double().mean(0)
-        torch.testing.assert_close(feature_map.mean.double(), mean, rtol=1e-4, atol=1e-5)
+        if mapped > len(data):
+            mean = x.double().mean(0)
+            torch.testing.assert_close(feature_map.mean.double(), mean, rtol=1e-4, atol=1e-5)
         phi = feature_map.expand(x).double()
         n, p = phi.shape
         assert p == found.rank == x.shape[1] + options.size[1]
@@ -127,7 +130,8 @@ def test_quantiles_are_those_of_held_out_predictions(tiny):
     (found,) = calibrate(tiny.loaded, data, dataclasses.replace(QUICK, predictor="layerwise"))
     batch = Collector(tiny.loaded.model, tiny.shape, "entry", found.taps).run(held_out)
     predictors = found.build_predictors()
-    for x, predictor in zip(batch.features, predictors, strict=True):
+    for tap, predictor in enumerate(predictors):
+        x = batch.feature(tap)
         heads, neurons = predictor(x[batch.counts][None])
         for quantiles, layers, scores in (
             (found.head_quantiles, predictor.tap.heads, heads),
@@ -157,7 +161,7 @@ def test_rank_buys_fit_and_is_bounded(tiny):
 def test_one_pass_serves_several_criteria(tiny, monkeypatch):
     runs = []
     run = Collector.run
-    monkeypatch.setattr(Collector, "run", lambda self, group: runs.append(1) or run(self, group))
+    monkeypatch.setattr(Collector, "run", lambda *given: runs.append(1) or run(*given))
     options = dataclasses.replace(QUICK, criteria=("plainact", "random", "sens"))
     together = calibrate(tiny.loaded, examples(tiny), options)
     passes = len(runs)
@@ -226,8 +230,11 @@ def test_zero_rate_counts_exact_zeros(tiny):
     data = examples(tiny)
     (found,) = calibrate(tiny.loaded, data, QUICK)
     batch = Collector(tiny.loaded.model, tiny.shape, "residual").run(data[:7] + data[8:])
-    zeros = [(a[batch.counts] == 0).float().mean((0, 2)) for a, _ in batch.neurons]
-    torch.testing.assert_close(found.zero_rate, torch.stack(zeros))
+    zeros = {
+        u.layer: (u.a[u.counts] == 0).float().mean((0, 2)) for u in batch if u.kind == "neurons"
+    }
+    expected = torch.stack([zeros[layer] for layer in range(tiny.shape.layers)])
+    torch.testing.assert_close(found.zero_rate, expected)
     assert (found.zero_rate.mean() > 0.3) == (tiny.shape.activation == "relu")
 
 
@@ -238,7 +245,7 @@ def test_rule_5_train_and_serve_see_the_same_feature(tiny):
     policy = Policy(0.5, 0.5, min_neurons=2)
     ids = tiny.ids(2, 8, seed=5)
     data = [Example(row, [True] * len(row)) for row in ids.tolist()]
-    (feature,) = Collector(model, tiny.shape, "residual").run(data).features
+    feature = Collector(model, tiny.shape, "residual").run(data).feature(0)
     heads, neurons = found.build_predictors()[0](feature)
     result = teacher_forced(tiny.session(policy, calibration=found), ids)
     for name, scores, first, (keep, floor) in (
@@ -271,17 +278,18 @@ def test_an_interrupted_calibration_ends_with_the_same_bytes(
     tiny_opt, tmp_path, monkeypatch, changes, stop
 ):
     monkeypatch.setattr(checkpoint, "EVERY", 2)
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
     monkeypatch.setitem(trained.SCHEDULES, "heads", trained.Schedule(8, 2, 8))
     monkeypatch.setitem(trained.SCHEDULES, "neurons", trained.Schedule(8, 2, 8))
     criteria = "sens", "random"
     options = dataclasses.replace(QUICK, criteria=criteria, batch_tokens=16, **changes)
     file, run, calls = tmp_path / "unfinished", Collector.run, []
 
-    def counted(collector, group):
+    def counted(collector, group, seed):
         calls.append(group)
         if len(calls) == stop:
             raise KeyboardInterrupt
-        return run(collector, group)
+        return run(collector, group, seed)
 
     whole = calibrate(tiny_opt.loaded, examples(tiny_opt), options)
     monkeypatch.setattr(Collector, "run", counted)
@@ -310,6 +318,7 @@ def test_only_the_same_calibration_goes_on(
     tiny_opt, tmp_path, monkeypatch, changes, fresh, message
 ):
     monkeypatch.setattr(checkpoint, "EVERY", 1)
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
     file = tmp_path / "unfinished"
     calibrate(tiny_opt.loaded, examples(tiny_opt), QUICK, checkpoint=file)
     options = dataclasses.replace(QUICK, **changes)
@@ -320,38 +329,12 @@ def test_only_the_same_calibration_goes_on(
 
 def test_a_damaged_state_is_named(tiny_opt, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "EVERY", 1)
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
     file = tmp_path / "unfinished"
     calibrate(tiny_opt.loaded, examples(tiny_opt), QUICK, checkpoint=file)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(CalibrationError, match="unfinished is damaged"):
         calibrate(tiny_opt.loaded, examples(tiny_opt), QUICK, checkpoint=file)
-
-
-def test_sums_of_two_parts_are_the_sums_of_all(tiny):
-    data = examples(tiny, count=8)
-    collector = Collector(tiny.loaded.model, tiny.shape, "residual")
-    maps = fit_module._feature_maps(collector, data, QUICK)
-    parts = []
-    for some in (data[:5], data[5:], data):
-        features = FeatureSums(tiny.shape, (0,), maps)
-        scores = ScoreSums(CRITERIA["sens"], 0)
-        batch = collector.run(some)
-        scores.add(batch, features.add(batch), features.tap_of)
-        parts.append((features, scores))
-    (features, scores), (more_features, more_scores), whole = parts
-    features.merge(more_features)
-    scores.merge(more_scores)
-    assert features.tokens == whole[0].tokens
-    x = torch.randn(1, 5, tiny.shape.hidden)
-    found = []
-    for features, scores in (parts[0], whole):
-        factors, _ = scores.ranking_units(features)
-        predictor = regress(features, scores, factors, 0, rank=8, ridge=2.0)
-        found.append(torch.cat([part.flatten(2) for part in predictor(x)], dim=2))
-    assert (found[0] - found[1]).abs().max() < 1e-3 * found[1].std()
-    parts[0][0].maps[0] = dataclasses.replace(maps[0], mean=maps[0].mean + 1)
-    with pytest.raises(CalibrationError, match="other features"):
-        parts[0][0].merge(whole[0])
 
 
 def test_targets_of_a_refresh_are_means_over_the_tokens_that_a_mask_serves(tiny_opt):
@@ -362,17 +345,17 @@ def test_targets_of_a_refresh_are_means_over_the_tokens_that_a_mask_serves(tiny_
         ]
     )
     values = torch.rand(2, 9, 3)
+    (units,) = [units for units in batch if units.site == ("neurons", 1)]
     for refresh in (1, 2, 3, 0):
-        ahead = batch.ahead(values, refresh)
+        ahead = units.ahead(values, refresh)
         for row, position in batch.counts.nonzero().tolist():
             own = slice(position, position + refresh if refresh else None)
             expected = values[row, own][batch.counts[row, own]].mean(0)
             torch.testing.assert_close(ahead[row, position], expected)
     for refresh in (1, 3):
-        sums = ScoreSums(CRITERIA["plainact"], 0, refresh)
-        sums.add(batch, [batch.features[0] * batch.counts[..., None]], {("neurons", 1): 0})
-        (units,) = [u for u in batch.units(sums.generator) if u.site == ("neurons", 1)]
-        scores = batch.ahead(CRITERIA["plainact"].score(units), refresh)
+        sums = ScoreSums(CRITERIA["plainact"], refresh)
+        sums.add(units, batch.feature(0) * batch.counts[..., None])
+        scores = units.ahead(CRITERIA["plainact"].score(units), refresh)
         expected = scores[batch.counts].sqrt().sum(0)
         torch.testing.assert_close(sums.roots["neurons", 1].float(), expected)
         mean = CRITERIA["plainact"].score(units)[batch.counts].sum(0)
@@ -419,9 +402,18 @@ def test_progress_is_on_stderr_and_only_when_asked(tiny, capsys):
     options = dataclasses.replace(QUICK, predictor="static")
     calibrate(tiny.loaded, examples(tiny), options)
     assert capsys.readouterr() == ("", "")
-    calibrate(tiny.loaded, examples(tiny), options, progress=True)
-    out, err = capsys.readouterr()
-    assert out == "" and "144/144" in err and "loss" in err
+    for style in ("bar", "json"):
+        with showing(style) as progress:
+            calibrate(tiny.loaded, examples(tiny), options, progress=progress)
+        out, err = capsys.readouterr()
+        lines = err.splitlines()
+        assert out == ""
+        if style == "bar":  # which is no terminal here
+            assert lines[-1].startswith("calibrating: 9 of 9 examples, ") and "recall" in lines[-1]
+            continue
+        events = [json.loads(line) for line in lines]
+        assert (events[0]["examples"], events[-1]["examples"], events[-1]["total"]) == (0, 9, 9)
+        assert events[-1]["recall"] > 0 and events[-1]["eta_seconds"] == 0
 
 
 def test_too_few_examples(tiny):
