@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import safetensors.torch
@@ -36,7 +37,7 @@ class Checkpoint:
         about: What the state depends on, as plain JSON values.
 
     Attributes:
-        done: Examples that are done.
+        done: Examples whose state is on disk.
 
     Raises:
         CalibrationError: If what is there depends on something else, or cannot be read.
@@ -48,6 +49,8 @@ class Checkpoint:
         self.about = json.loads(json.dumps(about))
         self.done, self.tensors = 0, dict[str, Tensor]()
         self._batches, self._saved, self._rate = 0, time.monotonic(), _BYTES_A_SECOND
+        self._writer: Thread | None = None
+        self._failed: Exception | None = None
         if path.exists():
             self._read()
 
@@ -80,19 +83,42 @@ class Checkpoint:
         return waited and (last or self._batches >= EVERY)
 
     def save(self, done: int, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Write the state of each part after `done` examples.
+        """Write the state of each part after `done` examples, while the pass goes on.
 
         Raises:
-            CalibrationError: If it cannot be written.
+            CalibrationError: If the one before could not be written.
         """
-        start = time.monotonic()
-        header = json.dumps({"about": self.about, "done": done})
-        new = self.path.with_name(f"{self.path.name}.tmp")
+        self.written()
+        self._batches, self._saved = 0, time.monotonic()
         whole = {
-            f"{part}/{name}": value.detach().cpu().contiguous()
+            f"{part}/{name}": value.detach().to("cpu", copy=True).contiguous()
             for part, state in states.items()
             for name, value in state.items()
         }
+        self._writer = Thread(target=self._write, args=(done, whole))
+        self._writer.start()
+
+    def written(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            CalibrationError: If it cannot be.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._failed is not None:
+            raise CalibrationError(
+                f"cannot write {self.path}",
+                expected="a writable place with enough free space",
+                got=self._failed,
+                fix="free some space or choose another place with --output",
+            ) from self._failed
+
+    def _write(self, done: int, whole: dict[str, Tensor]) -> None:
+        header = json.dumps({"about": self.about, "done": done})
+        new = self.path.with_name(f"{self.path.name}.tmp")
+        start = time.monotonic()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             safetensors.torch.save_file(whole, new, {"calibration": header})
@@ -101,12 +127,8 @@ class Checkpoint:
             new.replace(self.path)
         except (OSError, SafetensorError) as error:
             new.unlink(missing_ok=True)
-            raise CalibrationError(
-                f"cannot write {self.path}",
-                expected="a writable place with enough free space",
-                got=error,
-                fix="free some space or choose another place with --output",
-            ) from error
-        self.done, self._batches, self._saved = done, 0, time.monotonic()
+            self._failed = error
+            return
+        self.done = done
         size = sum(value.nbytes for value in whole.values())
-        self._rate = size / max(1e-6, self._saved - start)
+        self._rate = size / max(1e-6, time.monotonic() - start)

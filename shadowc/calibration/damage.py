@@ -28,7 +28,7 @@ def damage(scores: Tensor, effects: Tensor) -> Tensor:
     """
     units = scores.shape[1]
     ordered = effects.gather(1, scores.argsort(dim=1, stable=True)).double().cumsum(dim=1)
-    skipped = (torch.arange(LEVELS) * units / (LEVELS - 1)).round().long().to(ordered.device)
+    skipped = (torch.arange(LEVELS, device=ordered.device) * units / (LEVELS - 1)).round().long()
     sums = ordered[:, (skipped - 1).clamp(min=0)]
     return sums.square().sum(dim=0) * (skipped > 0)
 

@@ -304,18 +304,23 @@ class _Stage:
         """Give every process its batches of about so many tokens."""
         ranks, progress = self.work.ranks, self.work.progress
         progress.skip(self.done)
+        parts = list(self.parts.values())
         batches = list(groups(self.examples, tokens, self.done))
-        for start in range(0, len(batches), ranks.size):
-            together = batches[start : start + ranks.size]
-            loss = take(together[ranks.rank]) if ranks.rank < len(together) else None
-            self.done = together[-1].first + len(together[-1].examples)
-            progress.advance(sum(len(group.examples) for group in together), loss)
-            if self.saves and ranks.said(self._due()):
-                ranks.add_up(list(self.parts.values()), to_first=True)
-                if self.checkpoint:
-                    states = {name: part.state() for name, part in self.parts.items()}
-                    self.checkpoint.save(self.done, states)
-        ranks.add_up(list(self.parts.values()))
+        try:
+            for start in range(0, len(batches), ranks.size):
+                together = batches[start : start + ranks.size]
+                loss = take(together[ranks.rank]) if ranks.rank < len(together) else None
+                self.done = together[-1].first + len(together[-1].examples)
+                progress.advance(sum(len(group.examples) for group in together), loss)
+                if self.saves and ranks.said(self._due()):
+                    ranks.add_up(parts, to_first=True)
+                    if self.checkpoint:
+                        states = {name: part.state() for name, part in self.parts.items()}
+                        self.checkpoint.save(self.done, states)
+        finally:
+            if self.checkpoint:
+                self.checkpoint.written()
+        ranks.add_up(parts)
 
     @property
     def complete(self) -> bool:

@@ -16,7 +16,7 @@ from shadowc.calibration.quantiles import QUANTILES, histogram, quantiles
 from shadowc.calibration.ridge import Factors, Tables, add
 
 SPARSITIES = (30, 50, 70)
-_TOGETHER = 1 << 22  # scores that are sorted at once
+_TOGETHER = {"cpu": 1 << 22, "cuda": 1 << 24}  # scores that are sorted at once
 
 
 class Fit(Tables):
@@ -123,7 +123,7 @@ class Measurement:
             add(fit.histograms, site, histogram(scores))
         else:
             scores = fit.means[site].expand_as(effects)
-        rows = max(1, _TOGETHER // effects.shape[1])
+        rows = max(1, _TOGETHER[device.type] // effects.shape[1])
         for part in zip(scores.to(device).split(rows), effects.split(rows), strict=True):
             add(fit.damages, site, damage(*part))
         if fit.criterion.score is not None:  # else no token has a true score

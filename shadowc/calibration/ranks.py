@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -93,19 +94,26 @@ def launched() -> tuple[int, int, int]:
 def joined() -> Iterator[Ranks]:
     """Join the processes that this one was launched with, if any.
 
-    An error that one of them alone meets is printed by it: the launcher ends the others.
+    One that fails says so and ends at once, since the others may wait for it; the launcher ends
+    them.
     """
-    rank, size, _ = launched()
+    rank, size, local = launched()
     if size == 1:
         yield Ranks()
         return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield Ranks(rank, size)
-    except ShadowcError as error:
-        if rank:
-            print(f"error of process {rank}: {error}", file=sys.stderr, flush=True)
-        raise
+    except BaseException as error:
+        who = f" of process {rank}" if rank else ""
+        if isinstance(error, ShadowcError):
+            print(f"error{who}: {error}", file=sys.stderr)
+        else:
+            print(f"error{who}: {traceback.format_exc()}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1))
     dist.destroy_process_group()
 
 
