@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from shadowc.runtime.session import Session
 
 #: Target name -> the module whose `make(name)` gives it, imported when it is asked for.
-TARGETS = {"cpu": "shadowc.targets.cpu", "onnx-cpu": "shadowc.targets.onnx"} | dict.fromkeys(
-    ("a100", "h100", "h200", "l4", "rtx4090"), "shadowc.targets.cuda"
-)
+TARGETS = {
+    "cpu": "shadowc.targets.cpu",
+    "onnx-cpu": "shadowc.targets.onnx",
+    "onnx-cuda": "shadowc.targets.onnx",
+} | dict.fromkeys(("a100", "h100", "h200", "l4", "rtx4090"), "shadowc.targets.cuda")
 
 #: Targets that run on a CPU, batches of any size.
 ON_CPU = ("cpu", "onnx-cpu")
