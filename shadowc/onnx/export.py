@@ -376,6 +376,9 @@ class _Converter:
             )
         if not self.step:
             return bodies.linear(self.w, x, weight, bias)
+        if self.w.narrow:  # whose sum with a bias is one of fp32, by an operator that needs both
+            product = self.node("Linear", bodies.linear, (x, weight, None), 1, {})[0]
+            return self.w.add(product, bias)
         # Gemm may do without its bias, and so may this node.
         return self.node("Linear", bodies.linear, (x, weight, bias), 1, {}, optional=True)[0]
 

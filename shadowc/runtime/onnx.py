@@ -182,7 +182,8 @@ class OnnxSession(Session):
         by_policy = self._has_step and program != "dense" and not self._is_dense(len(ids))
         model = self._model(DENSE if self._has_step and not by_policy else MODEL)
         try:
-            run = self._run_in_place if by_policy else self.run_grown
+            # Functions are plain ONNX, which knows no cache in place.
+            run = self._run_in_place if by_policy and self._library else self.run_grown
             results = run(model, ids, cache)
         except Exception as error:
             raise KernelError("ONNX Runtime refused the step", got=error) from error
@@ -206,6 +207,14 @@ class OnnxSession(Session):
                 _bind(cache.bound.bind_input, name, tensor)
             for name, tensor in zip(_cache_names(self.shape, PRESENT), cache.tensors, strict=True):
                 _bind(cache.bound.bind_output, name, tensor)
+        results = self._results(model, ids)
+        for name, tensor in results.items():
+            _bind(cache.bound.bind_output, name, tensor)
+        self._run_bound(model, cache.bound, ids, cache)
+        return results
+
+    def _results(self, model: Any, ids: Tensor) -> dict[str, Tensor]:
+        """Room for all that a model returns but its cache."""
         batch, tokens = ids.shape
         shape = self.shape
 
@@ -219,9 +228,6 @@ class OnnxSession(Session):
             elif output.name.endswith("_keep"):
                 layers, _, units = output.shape
                 results[output.name] = room(layers, batch, units, dtype=torch.bool)
-        for name, tensor in results.items():
-            _bind(cache.bound.bind_output, name, tensor)
-        self._run_bound(model, cache.bound, ids, cache)
         return results
 
     def _run_bound(self, model: Any, binding: Any, ids: Tensor, cache: OnnxCache) -> None:
@@ -237,13 +243,14 @@ class OnnxSession(Session):
         binding = model.io_binding()
         for name, value in zip(_cache_names(self.shape, PAST), cache.grow(), strict=True):
             binding.bind_ortvalue_input(name, value)
-        logits = torch.empty(*ids.shape, self.shape.vocab, device=self._device)
-        _bind(binding.bind_output, "logits", logits)
+        results = self._results(model, ids)
+        for name, tensor in results.items():
+            _bind(binding.bind_output, name, tensor)
         for name in _cache_names(self.shape, PRESENT):
             binding.bind_output(name, self._device.type, 0)
         self._run_bound(model, binding, ids, cache)
-        cache.grown = binding.get_outputs()[1:]
-        return {"logits": logits}
+        cache.grown = binding.get_outputs()[len(results) :]
+        return results
 
     def _inputs(self, ids: Tensor, cache: OnnxCache) -> dict[str, Tensor]:
         slots, start = torch.arange(cache.length + ids.shape[1]), cache.start.cpu()
