@@ -53,7 +53,7 @@ struct Driver {
 
   Driver() {
     library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    require(library != nullptr, "the CUDA driver cannot be loaded: " + std::string(dlerror()));
+    if (library == nullptr) throw Failure{"the CUDA driver cannot be loaded: " + std::string(dlerror())};
     const auto find = [&](auto& entry, const char* name) {
       entry = (std::remove_reference_t<decltype(entry)>)dlsym(library, name);
       require(entry != nullptr, "the CUDA driver has no " + std::string(name));

@@ -34,17 +34,21 @@ COLUMNS = 64
 
 @triton.jit
 def compact_kernel(mask_ptr, index_ptr, count_ptr, N: tl.constexpr, CHUNK: tl.constexpr):
-    """Keep set of a mask bool [N]: kept units ascending, and how many; grid (N / CHUNK)."""
+    """Keep set of a mask bool [N]: kept units ascending, then the others; grid (N / CHUNK)."""
     chunk, lane = tl.program_id(0), tl.arange(0, CHUNK)
-    before = 0
-    for start in range(0, chunk * CHUNK, CHUNK):
-        before += tl.sum(tl.load(mask_ptr + start + lane).to(tl.int32))
+    before, count = 0, 0
+    for start in range(0, N, CHUNK):
+        here = tl.load(mask_ptr + start + lane, mask=start + lane < N, other=0).to(tl.int32)
+        here = tl.sum(here)
+        before += tl.where(start < chunk * CHUNK, here, 0)
+        count += here
     unit = chunk * CHUNK + lane
     kept = tl.load(mask_ptr + unit, mask=unit < N, other=0).to(tl.int32)
-    place = before + tl.cumsum(kept, axis=0) - 1
-    tl.store(index_ptr + place, unit, mask=kept != 0)
-    if chunk == tl.num_programs(0) - 1:
-        tl.store(count_ptr, before + tl.sum(kept))
+    place = before + tl.cumsum(kept, axis=0) - kept
+    place = tl.where(kept != 0, place, count + unit - place)
+    tl.store(index_ptr + place, unit, mask=unit < N)
+    if chunk == 0:
+        tl.store(count_ptr, count)
 
 
 @triton.jit
