@@ -150,7 +150,7 @@ class OnnxSession(Session):
     def policy_in_effect(self, batch: int) -> str:
         """As `Session.policy_in_effect`; a GPU runs every unit of a batch."""
         if self.skips_units and self._is_dense(batch):
-            return f"dense (batches of {self.dense_from_batch} and more)"
+            return f"dense (batch {batch} >= {self.dense_from_batch})"
         return super().policy_in_effect(batch)
 
     def _is_dense(self, batch: int) -> bool:
