@@ -1,8 +1,8 @@
 // ONNX Runtime's C ABI, and what the ops of both providers share.
 //
 // The ABI is a table of functions that only grows. The few entries used here are declared by their
-// places in it, so that building needs no headers of it and nothing is linked. Whatever a model says
-// is checked: shapes, types, masks. No exception leaves a function that ONNX Runtime calls.
+// places in it, so that building needs no headers of it and nothing is linked. Whatever a model
+// says is checked: shapes, types, masks. No exception leaves a function that ONNX Runtime calls.
 #pragma once
 #include <cstdint>
 #include <exception>
@@ -62,7 +62,16 @@ enum Entry : int {
   kParallelFor = 274,
 };
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
-enum Type : int { kAny = 0, kFloat = 1, kByte = 2, kInt32 = 6, kInt64 = 7, kBool = 9, kHalf = 10, kBf16 = 16 };
+enum Type : int {
+  kAny = 0,
+  kFloat = 1,
+  kByte = 2,
+  kInt32 = 6,
+  kInt64 = 7,
+  kBool = 9,
+  kHalf = 10,
+  kBf16 = 16
+};
 
 struct CustomOp {
   uint32_t version;
@@ -166,7 +175,8 @@ class Call {
     check(api.call(kGetTensorTypeAndShape, value, &shape));
     check(api.call(kGetTensorElementType, (const Shape*)shape, &found.type));
     check(api.call(kGetDimensionsCount, (const Shape*)shape, &found.rank));
-    if (found.rank <= 4) check(api.call(kGetDimensions, (const Shape*)shape, found.dim, found.rank));
+    if (found.rank <= 4)
+      check(api.call(kGetDimensions, (const Shape*)shape, found.dim, found.rank));
     api.call<void>(kReleaseTensorTypeAndShape, shape);
     require(found.rank <= 4, std::string(wanted.name) + " has more than 4 dimensions");
     check(api.call(kGetTensorMutableData, (Value*)value, &found.data));

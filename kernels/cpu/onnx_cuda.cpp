@@ -1,8 +1,8 @@
 // The ops for ONNX Runtime's CUDA provider: what shadowc/onnx/plan.py wrote down, launched through
 // the CUDA driver on the session's stream.
 //
-// A model brings its kernels as a tensor: machine code for some GPUs and, for each node, a plan, the
-// launches that make its outputs. So nothing here knows what an op means, but for the cache of
+// A model brings its kernels as a tensor: machine code for some GPUs and, for each node, a plan,
+// the launches that make its outputs. So nothing here knows what an op means, but for the cache of
 // SparseAttention. The driver is looked for when a session with such nodes is made, and nothing of
 // CUDA is needed to build.
 #include <dlfcn.h>
@@ -53,7 +53,8 @@ struct Driver {
 
   Driver() {
     library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (library == nullptr) throw Failure{"the CUDA driver cannot be loaded: " + std::string(dlerror())};
+    if (library == nullptr)
+      throw Failure{"the CUDA driver cannot be loaded: " + std::string(dlerror())};
     const auto find = [&](auto& entry, const char* name) {
       entry = (std::remove_reference_t<decltype(entry)>)dlsym(library, name);
       require(entry != nullptr, "the CUDA driver has no " + std::string(name));
@@ -93,7 +94,15 @@ constexpr int64_t kStaticSharedMemory = 48 << 10;
 // What a plan says in place of a size or number that is known when a node runs.
 enum Dynamic : int64_t { kSlots = -1, kTotal = -2 };
 // Where a parameter comes from; see shadowc/onnx/plan.py.
-enum Source : int64_t { kFromInput, kFromOutput, kFromScratch, kFromZeros, kNumber, kSlotsNow, kFilledNow };
+enum Source : int64_t {
+  kFromInput,
+  kFromOutput,
+  kFromScratch,
+  kFromZeros,
+  kNumber,
+  kSlotsNow,
+  kFilledNow
+};
 
 struct Parameter {
   int64_t source, value;
@@ -339,7 +348,8 @@ void run(const CudaNode& node, const Call& call, void* stream) {
     inputs[i] = type == 0 ? call.input(i) : call.input(i, dims);
     require((type == 0) == (inputs[i].data == nullptr) && inputs[i].type == type,
             name + " is of another type than the model was compiled for");
-    require((Address)inputs[i].data % 16 == 0 || i == kPosition, name + " must begin at a multiple of 16 bytes");
+    require((Address)inputs[i].data % 16 == 0 || i == kPosition,
+            name + " must begin at a multiple of 16 bytes");
   }
   std::vector<Address> outputs(plan.outputs.size());
   for (size_t i = 0; i < outputs.size(); ++i) {
