@@ -22,7 +22,8 @@ check: lint test
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 
-# On a machine with a GPU whose Python has torch for CUDA, Triton, transformers and pytest: nothing
+# On a machine with a GPU whose Python has torch for CUDA, Triton, transformers and pytest (for the
+# tests of onnx-cuda also onnx and onnxruntime-gpu; benchmarks/onnx_cuda.py is their table): nothing
 # is installed, the native library is built in place. Kernels are compiled as they are needed, which
 # takes minutes; PYTEST_ADDOPTS='-n 8' and GPU_FLAGS='--images DIR' (see benchmarks/gpu.py) save them.
 gpu:

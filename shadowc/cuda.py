@@ -201,16 +201,16 @@ def use(profile_name: str | None) -> None:
 
 
 @contextmanager
-def using(profile_name: str, jit: bool | None) -> Iterator[None]:
+def using(settings: str | Profile, jit: bool | None) -> Iterator[None]:
     """Launch with a GPU's settings, and with or without compiling, inside the block alone.
 
     Args:
-        profile_name: As for `use`.
+        settings: The GPU's profile, or its name.
         jit: As for `allow_jit`.
     """
     global _active, _jit
     before = _active, _jit
-    _active, _jit = find_profile(profile_name), jit
+    _active, _jit = find_profile(settings) if isinstance(settings, str) else settings, jit
     try:
         yield
     finally:
@@ -430,18 +430,36 @@ def _kind(kernel: _Kernel, index: int, value: Any) -> tuple[str, bool]:
     )
 
 
-_RECORDED: ContextVar[Noted | None] = ContextVar("recorded", default=None)
+@dataclass(frozen=True)
+class Call:
+    """One launch.
+
+    Attributes:
+        key: Its kernel's, as `recording` notes it.
+        grid: Numbers of programs.
+        args: What the machine code is given, by parameter.
+    """
+
+    key: str
+    grid: tuple[int, ...]
+    args: dict[str, Tensor | float]
+
+
+_RECORDED: ContextVar[tuple[Noted, list[Call]] | None] = ContextVar("recorded", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[Noted]:
+def recording(calls: list[Call] | None = None) -> Iterator[Noted]:
     """Note what is launched instead of running it.
+
+    Args:
+        calls: Gets every launch in order.
 
     Yields:
         The specification and the kernel by key, filled while the block runs.
     """
     noted: Noted = {}
-    token = _RECORDED.set(noted)
+    token = _RECORDED.set((noted, [] if calls is None else calls))
     try:
         yield noted
     finally:
@@ -488,14 +506,17 @@ def launch(
             expected=f"{len(known.runtime)}: {', '.join(known.runtime)}",
             got=len(args),
         )
-    noted, interpreted = _RECORDED.get(), _interpreted(kernel)
+    recorded, interpreted = _RECORDED.get(), _interpreted(kernel)
     pdl = pdl and known.has_pdl and not interpreted and profile().pdl
-    pdl = pdl and (noted is not None or _overlaps())
+    pdl = pdl and (recorded is not None or _overlaps())
     constants = known.constants(constexprs | {"PDL": pdl} if known.has_pdl else constexprs)
     kinds = tuple([_kind(known, index, value) for index, value in enumerate(args)])
-    if noted is not None:
+    if recorded is not None:
+        noted, calls = recorded
         spec = _specify(function, kinds, constants, warps, pdl)
         noted.setdefault(spec.key, (spec, kernel))
+        given = zip(known.runtime, args, strict=True)
+        calls.append(Call(spec.key, grid, {name: v for name, v in given if v is not None}))
         return
     if interpreted:
         kernel[grid](*args, **constants)

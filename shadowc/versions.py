@@ -15,7 +15,7 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # an uninstalled checkout
             found[package] = "not installed"
-    for package in ("triton", "onnx", "onnxruntime"):  # only some targets need them
+    for package in ("triton", "onnx", "onnxruntime", "onnxruntime-gpu"):  # some targets need them
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

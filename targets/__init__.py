@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from shadowc.runtime.session import Session
 
 #: Target name -> the module whose `make(name)` gives it, imported when it is asked for.
-TARGETS = {"cpu": "shadowc.targets.cpu", "onnx-cpu": "shadowc.targets.onnx"} | dict.fromkeys(
-    ("a100", "h100", "h200", "l4", "rtx4090"), "shadowc.targets.cuda"
-)
+TARGETS = {
+    "cpu": "shadowc.targets.cpu",
+    "onnx-cpu": "shadowc.targets.onnx",
+    "onnx-cuda": "shadowc.targets.onnx",
+} | dict.fromkeys(("a100", "h100", "h200", "l4", "rtx4090"), "shadowc.targets.cuda")
 
-#: Targets that run on a CPU, batches of any size.
+#: Targets that run on a CPU.
 ON_CPU = ("cpu", "onnx-cpu")
+
+#: Targets that run batches of any size.
+ANY_BATCH = (*ON_CPU, "onnx-cuda")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,15 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import onnx
 import pytest
+import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from shadowc import cli
@@ -23,6 +26,7 @@ from shadowc.calibration.collect import Collector
 from shadowc.calibration.store import load_calibration
 from shadowc.errors import CalibrationError, ShadowcError
 from shadowc.models import load_model
+from shadowc.onnx import library_path
 
 MODEL = "opt-books-15m"
 CALIBRATE = ["calibrate", MODEL, "--examples", "6", "--seq-len", "64", "--rank", "16"]
@@ -327,6 +331,41 @@ def test_onnx_from_compile_to_bench(invoke, calibration):
     assert found["weight_bytes_skipped"] == pytest.approx(compiled["weight_bytes_skipped"], abs=0.1)
     refused(invoke("compile", calibration, "--target", "onnx-cpu", "--refresh", "prompt"),
             "from one token to the next", "--refresh token")  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine with no GPU")
+def test_onnx_cuda_without_a_gpu(invoke, calibration, work):
+    """Compiled and checked by its functions; what runs it here are they, or the CPU's kernels."""
+    directory = work / "onnx-cuda"
+    options = ("compile", calibration, "--target", "onnx-cuda", "--max-seq-len", "128")
+    refused(invoke(*options, "--dtype", "bf16"), "has no bf16", "--dtype fp16")
+    refused(invoke(*options, "--dtype", "fp16", "--dense-from-batch", "4"), "are for one row")
+    # Triton's compiler cannot share a process with its interpreter.
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "shadowc", *options, "--dtype", "fp16", "--sparsity", "0.5",
+               "--output", directory, "--json"]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout)
+    assert compiled["checked_on"] == "cpu"
+    assert compiled["greedy_tokens"] == compiled["greedy_tokens_equal"] == 64
+    model = onnx.load(directory / "model.onnx", load_external_data=False)
+    (branching,) = [n for n in model.graph.node if n.op_type == "If"]
+    (kernels,) = [t for a in branching.attribute for t in a.g.initializer]
+    families, found, place = struct.unpack_from("<q", kernels.raw_data, 40)[0], [], 48
+    for _ in range(families):
+        arch, size = struct.unpack_from("<2q", kernels.raw_data, place)
+        found.append(arch)
+        place += 16 + size
+    assert found == [80, 89, 90] and place == len(kernels.raw_data)
+    example = Path(__file__).parents[1] / "examples" / "onnx_plain.py"
+    said = [
+        subprocess.run([sys.executable, example, directory, "11,29,5,303", *library],
+                       capture_output=True, text=True, check=True).stdout
+        for library in ((), (library_path(),))
+    ]  # fmt: skip
+    assert said[0] == said[1] and said[0].count(",") == 31
+    refused(invoke("run", directory, "--prompt", "It was"), "ONNX Runtime cannot use a GPU here")
 
 
 def test_inspect_says_what_a_directory_is(artifact, calibration, invoke):

@@ -1,141 +1,18 @@
 // The ops as custom ops of ONNX Runtime, of the domain `shadowc`: what shadowc/onnx/bodies.py means.
-//
-// ONNX Runtime's C ABI is a table of functions that only grows. The few entries used here are
-// declared by their places in it, so that building needs no headers of it and nothing is linked.
-// Whatever a model says is checked here: shapes, types, masks. No exception leaves this file.
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <string>
 #include <thread>
+#include <vector>
 
+#include "onnx.h"
 #include "ops.h"
 #include "pool.h"
 
 extern "C" const char* shadowc_isa(const char* name);
 
 namespace shadowc {
-namespace {
-
-constexpr uint32_t kApiVersion = 17;  // the first with ParallelFor: ONNX Runtime 1.17
-constexpr int64_t kAbi = 1;           // ABI in shadowc/onnx/export.py
-
-// ---------------------------------------------------------------------------- ONNX Runtime
-
-struct Status;
-struct Value;
-struct Shape;
-struct Context;
-struct Info;
-struct Domain;
-struct SessionOptions;
-
-struct Api {
-  void* entry[275];
-
-  template <class R = Status*, class... A>
-  R call(int place, A... arguments) const {
-    return ((R(*)(A...))entry[place])(arguments...);
-  }
-};
-
-struct ApiBase {
-  const Api* (*api)(uint32_t version);
-  const char* (*version)();
-};
-
-enum Entry : int {
-  kCreateStatus = 0,
-  kCreateCustomOpDomain = 26,
-  kCustomOpDomainAdd = 27,
-  kAddCustomOpDomain = 28,
-  kGetTensorMutableData = 51,
-  kGetTensorElementType = 60,
-  kGetDimensionsCount = 61,
-  kGetDimensions = 62,
-  kGetTensorTypeAndShape = 65,
-  kGetAttributeFloat = 85,
-  kGetAttributeInt = 86,
-  kGetAttributeString = 87,
-  kGetInput = 90,
-  kGetOutput = 91,
-  kReleaseStatus = 93,
-  kReleaseTensorTypeAndShape = 99,
-  kParallelFor = 274,
-};
-enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
-enum Type : int { kAny = 0, kFloat = 1, kInt32 = 6, kInt64 = 7, kBool = 9, kHalf = 10, kBf16 = 16 };
-
-struct CustomOp {
-  uint32_t version;
-  void* create_kernel;
-  const char* (*name)(const CustomOp*);
-  const char* (*provider)(const CustomOp*);
-  int (*input_type)(const CustomOp*, size_t);
-  size_t (*inputs)(const CustomOp*);
-  int (*output_type)(const CustomOp*, size_t);
-  size_t (*outputs)(const CustomOp*);
-  void* compute;
-  void (*destroy)(void* kernel);
-  int (*input_characteristic)(const CustomOp*, size_t);
-  int (*output_characteristic)(const CustomOp*, size_t);
-  int (*input_memory)(const CustomOp*, size_t);
-  void* variadic[4];
-  Status* (*create_kernel_v2)(const CustomOp*, const Api*, const Info*, void** kernel);
-  Status* (*compute_v2)(void* kernel, Context*);
-  void* rest[7];
-};
-static_assert(sizeof(CustomOp) == 208);
-
-// An error of ours, by its text, or one that ONNX Runtime gave.
-struct Failure {
-  std::string text;
-  Status* status = nullptr;
-};
-
-void check(Status* status) {
-  if (status != nullptr) throw Failure{"", status};
-}
-
-void require(bool fits, const std::string& text) {
-  if (!fits) throw Failure{text};
-}
-
-// Runs body and turns what it throws into a status.
-template <class Body>
-Status* guarded(const Api* api, const char* name, const Body& body) {
-  std::string text;
-  try {
-    body();
-    return nullptr;
-  } catch (const Failure& failure) {
-    if (failure.status != nullptr) return failure.status;
-    text = failure.text;
-  } catch (const std::exception& error) {
-    text = error.what();
-  }
-  return api->call(kCreateStatus, (int)kInvalidArgument,
-                   ("shadowc::" + std::string(name) + ": " + text).c_str());
-}
-
-// ---------------------------------------------------------------------------- one call of a node
-
-struct Input {
-  const char* name;
-  int type;
-  bool optional = false;
-};
-
-struct Node;
-
-struct Op : CustomOp {
-  const char* title;
-  const Input* input;
-  size_t input_count;
-  const int* output;
-  size_t output_count;
-  void (*run)(const Node&, class Call&);
-};
 
 // What a node says of itself; never changed once made, as sessions run it from many threads.
 struct Node {
@@ -147,82 +24,21 @@ struct Node {
   float scale = 0;
 };
 
-struct Tensor {
-  void* data = nullptr;
-  int type = 0;
-  size_t rank = 0;
-  int64_t dim[4] = {};
-  template <class T>
-  T* as() const {
-    return (T*)data;
-  }
-};
+namespace {
 
 int team_size() {
   static const unsigned found = std::thread::hardware_concurrency();
   return found == 0 ? 1 : (int)found;
 }
 
-class Call : public Host {
+class CpuCall : public Call, public Host {
  public:
-  Call(const Node& node, Context* context) : node_(node), context_(context) {}
+  using Call::Call;
 
   // ONNX Runtime's threads run what the kernels share out.
   void run(int ranks, void (*rank)(void* job, size_t rank), void* job) const override {
-    check(node_.api->call(kParallelFor, (const Context*)context_, rank, (size_t)ranks, (size_t)0,
-                          job));
+    check(api_->call(kParallelFor, (const Context*)context_, rank, (size_t)ranks, (size_t)0, job));
   }
-
-  // An input, checked against its declaration.
-  Tensor input(size_t place) const {
-    const Input& wanted = node_.op->input[place];
-    const Api& api = *node_.api;
-    const Value* value = nullptr;
-    check(api.call(kGetInput, (const Context*)context_, place, &value));
-    Tensor found;
-    if (value == nullptr) {
-      require(wanted.optional, std::string(wanted.name) + " is missing");
-      return found;
-    }
-    Shape* shape = nullptr;
-    check(api.call(kGetTensorTypeAndShape, value, &shape));
-    check(api.call(kGetTensorElementType, (const Shape*)shape, &found.type));
-    check(api.call(kGetDimensionsCount, (const Shape*)shape, &found.rank));
-    if (found.rank <= 4) check(api.call(kGetDimensions, (const Shape*)shape, found.dim, found.rank));
-    api.call<void>(kReleaseTensorTypeAndShape, shape);
-    require(found.rank <= 4, std::string(wanted.name) + " has more than 4 dimensions");
-    check(api.call(kGetTensorMutableData, (Value*)value, &found.data));
-    return found;
-  }
-
-  // An input of that shape; -1 is any size.
-  Tensor input(size_t place, std::initializer_list<int64_t> dims) const {
-    const Tensor found = input(place);
-    if (found.data == nullptr && found.rank == 0) return found;
-    bool fits = found.rank == dims.size();
-    size_t i = 0;
-    for (int64_t dim : dims) fits = fits && (dim < 0 || dim == found.dim[i]), ++i;
-    if (!fits) {
-      std::string text = std::string(node_.op->input[place].name) + " does not fit: expected [";
-      for (int64_t dim : dims) text += (dim < 0 ? "any" : std::to_string(dim)) + " ";
-      text += "], got [";
-      for (size_t d = 0; d < found.rank; ++d) text += std::to_string(found.dim[d]) + " ";
-      throw Failure{text + "]"};
-    }
-    return found;
-  }
-
-  void* output(size_t place, std::initializer_list<int64_t> dims) const {
-    Value* value = nullptr;
-    void* data = nullptr;
-    check(node_.api->call(kGetOutput, context_, place, dims.begin(), dims.size(), &value));
-    check(node_.api->call(kGetTensorMutableData, value, &data));
-    return data;
-  }
-
- private:
-  const Node& node_;
-  Context* context_;
 };
 
 // The type of matrices, which share one.
@@ -278,7 +94,8 @@ Keep keep_of(const Tensor& mask, int64_t B, int64_t N, int64_t rows_a_unit, Room
 
 // ---------------------------------------------------------------------------- the ops
 
-constexpr Input kLinearInputs[] = {{"x", kFloat}, {"weight", kAny}, {"bias", kFloat, true}};
+constexpr Input kLinearInputs[] = {{"x", kFloat}, {"weight", kAny}, {"bias", kFloat, true},
+                                   {"kernels", kByte, true}};
 
 void linear(const Node&, Call& call) {
   const Tensor x = call.input(0, {-1, -1, -1}), weight = call.input(1, {-1, x.dim[2]});
@@ -291,10 +108,11 @@ void linear(const Node&, Call& call) {
 
 constexpr Input kMlpInputs[] = {{"x", kFloat},    {"w1", kAny},         {"b1", kFloat, true},
                                 {"w2t", kAny},    {"b2", kFloat, true}, {"residual", kFloat, true},
-                                {"keep", kBool}};
+                                {"keep", kBool},  {"kernels", kByte, true}};
 constexpr Input kGatedInputs[] = {{"x", kFloat},  {"gate", kAny},
                                   {"up", kAny},   {"downt", kAny},
-                                  {"residual", kFloat, true}, {"keep", kBool}};
+                                  {"residual", kFloat, true}, {"keep", kBool},
+                                  {"kernels", kByte, true}};
 
 void mlp_of(const Node& node, Call& call, bool gated) {
   const Tensor x = call.input(0, {-1, -1, -1});
@@ -326,7 +144,7 @@ constexpr Input kAttentionInputs[] = {
     {"bv", kFloat, true},    {"wot", kAny},          {"bo", kFloat, true},
     {"residual", kFloat, true}, {"cos", kFloat, true}, {"sin", kFloat, true},
     {"past_key", kFloat},    {"past_value", kFloat}, {"position", kInt64},
-    {"allowed", kBool},      {"keep", kBool}};
+    {"allowed", kBool},      {"keep", kBool},        {"kernels", kByte, true}};
 
 // The first slot that a row sees, of one run that ends with the last slot; `total` if it sees none.
 int64_t first_seen(const uint8_t* allowed, int64_t total) {
@@ -393,7 +211,7 @@ void attention(const Node& node, Call& call) {
                    threads, dtype});
 }
 
-constexpr Input kSelectInputs[] = {{"scores", kFloat}};
+constexpr Input kSelectInputs[] = {{"scores", kFloat}, {"kernels", kByte, true}};
 
 void select(const Node& node, Call& call) {
   const Tensor scores = call.input(0, {-1, -1, -1});
@@ -413,21 +231,10 @@ void select(const Node& node, Call& call) {
 
 // ---------------------------------------------------------------------------- the table of ops
 
-int64_t integer(const Api* api, const Info* info, const char* name) {
-  int64_t value = 0;
-  check(api->call(kGetAttributeInt, info, name, &value));
-  return value;
-}
-
 Status* create(const CustomOp* op, const Api* api, const Info* info, void** kernel) {
   const Op* own = (const Op*)op;
   return guarded(api, own->title, [&] {
-    int64_t abi = 0;
-    Status* missing = api->call(kGetAttributeInt, info, "abi", &abi);
-    if (missing != nullptr) api->call<void>(kReleaseStatus, missing);
-    require(abi == kAbi, "the model was exported for ABI " + std::to_string(abi) +
-                             " of the custom ops, this library has " + std::to_string(kAbi) +
-                             "; export the model again, or use the library of its version");
+    check_abi(api, info);
     Node made{own, api};
     if (own->run == attention) {
       made.heads = integer(api, info, "heads");
@@ -458,7 +265,7 @@ Status* create(const CustomOp* op, const Api* api, const Info* info, void** kern
 Status* compute(void* kernel, Context* context) {
   const Node& node = *(const Node*)kernel;
   return guarded(node.api, node.op->title, [&] {
-    Call call(node, context);
+    CpuCall call(node.op, node.api, context);
     const Lent lent(call);
     node.op->run(node, call);
   });
@@ -497,15 +304,24 @@ constexpr int kFloatAndRows[] = {kFloat, kInt32};
 constexpr int kThreeFloats[] = {kFloat, kFloat, kFloat};
 constexpr int kMask[] = {kBool};
 
-const Op* ops(size_t i) {
-  static const Op all[] = {
-      op("Linear", kLinearInputs, kOneFloat, linear),
-      op("SparseMLP", kMlpInputs, kFloatAndRows, mlp),
-      op("SparseGatedMLP", kGatedInputs, kFloatAndRows, gated_mlp),
-      op("SparseAttention", kAttentionInputs, kThreeFloats, attention),
-      op("Select", kSelectInputs, kMask, select),
-  };
-  return i < sizeof all / sizeof *all ? &all[i] : nullptr;
+// Every op for the CPU provider, then for the CUDA provider.
+const std::vector<Op>& ops() {
+  static const std::vector<Op> all = [] {
+    std::vector<Op> made = {
+        op("Linear", kLinearInputs, kOneFloat, linear),
+        op("SparseMLP", kMlpInputs, kFloatAndRows, mlp),
+        op("SparseGatedMLP", kGatedInputs, kFloatAndRows, gated_mlp),
+        op("SparseAttention", kAttentionInputs, kThreeFloats, attention),
+        op("Select", kSelectInputs, kMask, select),
+    };
+    for (size_t i = 0, n = made.size(); i < n; ++i) {
+      Op other = made[i];
+      move_to_cuda(other);
+      made.push_back(other);
+    }
+    return made;
+  }();
+  return all;
 }
 
 }  // namespace
@@ -529,8 +345,8 @@ extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(
     // One domain a registration: it must outlive its sessions, of which nobody tells the end.
     Domain* domain = nullptr;
     check(api->call(kCreateCustomOpDomain, "shadowc", &domain));
-    for (size_t i = 0; ops(i) != nullptr; ++i)
-      check(api->call(kCustomOpDomainAdd, domain, (const CustomOp*)ops(i)));
+    for (const Op& each : ops())
+      check(api->call(kCustomOpDomainAdd, domain, (const CustomOp*)&each));
     check(api->call(kAddCustomOpDomain, options, domain));
   });
 }

@@ -146,14 +146,19 @@ def finish_kernel(
     y = tl.sum(acc, axis=0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    y += tl.load(residual_ptr + b * C + cols, mask=inside, other=0.0).to(tl.float32)
-    leave(y, cols, inside, block, gamma_ptr, out_ptr + b * C, scaled_ptr + b * C,
-          stats_ptr + b * parts * 2)  # fmt: skip
-    if block == 0:
-        POWER: tl.constexpr = triton.next_power_of_2(P)
-        part = tl.arange(0, POWER)
-        read = tl.load(read_ptr + part * B + b, mask=part < P, other=0)
-        tl.store(rows_ptr + b, tl.sum(read))
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + b * C + cols, mask=inside, other=0.0).to(tl.float32)
+    if gamma_ptr is not None:
+        leave(y, cols, inside, block, gamma_ptr, out_ptr + b * C, scaled_ptr + b * C,
+              stats_ptr + b * parts * 2)  # fmt: skip
+    else:
+        tl.store(out_ptr + b * C + cols, y, mask=inside)
+    if read_ptr is not None:
+        if block == 0:
+            POWER: tl.constexpr = triton.next_power_of_2(P)
+            part = tl.arange(0, POWER)
+            read = tl.load(read_ptr + part * B + b, mask=part < P, other=0)
+            tl.store(rows_ptr + b, tl.sum(read))
 
 
 def finish(
@@ -176,6 +181,11 @@ def finish(
 
 def mlp(a: NormMlp) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y fp32 [1, C], scaled [1, C], stats fp32 [1, parts, 2], rows int32 [1] of one token."""
+    return finish(*sums(a), a.b2, a.residual, a.gamma)
+
+
+def sums(a: NormMlp) -> tuple[Tensor, Tensor]:
+    """Partial sums fp32 [P, 1, C], and rows read int32 [P, 1]: what `finish` adds up."""
     neurons, columns = a.w1.shape
     # As many programs as fit a multiprocessor at once: a second wave of a few would take as long.
     fits = columns + (columns if a.w_up is None else 2 * columns) <= HELD
@@ -191,4 +201,4 @@ def mlp(a: NormMlp) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         F=neurons, C=columns, BN=AT_ONCE, BK=width, NORM=a.norm, PARTS=a.stats.shape[-2],
         ACT=a.activation, SKIP=a.skip_zeros, warps=warps, pdl=True,
     )  # fmt: skip
-    return finish(partial, read, a.b2, a.residual, a.gamma)
+    return partial, read

@@ -44,7 +44,7 @@ from shadowc.runtime.loading import load
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
-from shadowc.targets import ON_CPU
+from shadowc.targets import ANY_BATCH, ON_CPU
 from shadowc.versions import versions
 
 #: The ops that choose units.
@@ -665,7 +665,7 @@ def _check(prompt_len: int, new_tokens: int, batch: int, manifest: Mapping[str, 
                              ("batch", batch, 1)):  # fmt: skip
         if value < low:
             raise OptionError(f"--{name} is out of range", expected=f"at least {low}", got=value)
-    most = batch if manifest["target"] in ON_CPU else max(manifest.get("batch_sizes", (1,)))
+    most = batch if manifest["target"] in ANY_BATCH else max(manifest.get("batch_sizes", (1,)))
     if batch > most:
         raise OptionError(
             "--batch is larger than the decode steps that this artifact has kernels for",

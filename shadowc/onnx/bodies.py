@@ -28,10 +28,12 @@ class Writer:
     Args:
         prefix: Begins the name of every value made here: a subgraph sees the names around it.
         half: Whether matrices are stored in another type than fp32.
+        narrow: Whether a product is then one of that type, as GPUs have them; else the matrix is
+            brought to fp32.
     """
 
-    def __init__(self, prefix: str = "", *, half: bool = False) -> None:
-        self.prefix, self.half = prefix, half
+    def __init__(self, prefix: str = "", *, half: bool = False, narrow: bool = False) -> None:
+        self.prefix, self.half, self.narrow = prefix, half, narrow
         self.nodes: list[onnx.NodeProto] = []
         self._made: dict[object, Value] = {}
 
@@ -90,9 +92,15 @@ class Writer:
         whole = self.once(("grid", tail), lambda: self.op("Concat", lead, self.ints(*tail), axis=0))
         return whole
 
-    def matrix(self, weight: Value) -> Value:
-        """A weight in the type of the activations."""
-        return self.op("Cast", weight, to=TensorProto.FLOAT) if self.half else weight
+    def product(
+        self, kind: str, x: Value, weight: Value, bias: Value | None = None, **attributes: Any
+    ) -> Value:
+        """The Gemm or MatMul of fp32 x with a weight, in fp32."""
+        if self.half and self.narrow:
+            y = self.op(kind, self.op("CastLike", x, weight), weight, **attributes)
+            return self.add(self.op("Cast", y, to=TensorProto.FLOAT), bias)
+        matrix = self.op("Cast", weight, to=TensorProto.FLOAT) if self.half else weight
+        return self.op(kind, x, matrix, *([bias] if bias else []), **attributes)
 
     def add(self, *values: Value | None) -> Value:
         """The sum of those that are there."""
@@ -107,7 +115,7 @@ def linear(
 ) -> Value:
     """x weight^T + bias, weight [O, C], as [B, T, *tail]; Gemm takes the weight as it is stored."""
     flat = w.op("Flatten", x, axis=2)
-    y = w.op("Gemm", flat, w.matrix(weight), *([bias] if bias else []), transB=1)
+    y = w.product("Gemm", flat, weight, bias, transB=1)
     return w.op("Reshape", y, w.grid(x, *tail))
 
 
@@ -187,8 +195,7 @@ def _second(
         count = w.op("Cast", kept, to=TensorProto.INT32)
         rows = w.op("ReduceSum", count, w.ints(1, 2), keepdims=0)
         rows = w.op("Unsqueeze", rows, w.ints(0))
-    y = w.op("MatMul", hidden, w.matrix(weight_t))
-    return w.add(y, bias, residual), rows
+    return w.add(w.product("MatMul", hidden, weight_t), bias, residual), rows
 
 
 def attention(
@@ -292,7 +299,7 @@ def attention(
         runs = w.op("Unsqueeze", keep, w.ints(1, 3))
         context = w.op("Where", runs, context, w.constant(0.0, np.float32))
     context = w.op("Reshape", context, w.ints(0, 0, heads * head_dim))
-    y = w.add(w.op("MatMul", context, w.matrix(wot)), bo, residual)
+    y = w.add(w.product("MatMul", context, wot), bo, residual)
     return y, present[0], present[1]
 
 

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper
-from torch import fx
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, fx
 
 from shadowc.errors import PassError
 from shadowc.kernels import (
@@ -46,7 +46,8 @@ from shadowc.kernels import (
 from shadowc.native import keep_mask
 from shadowc.onnx import bodies
 from shadowc.onnx.bodies import DOMAIN, Value, Writer
-from shadowc.onnx.names import DENSE, INPUTS, KINDS, MODEL, PAST, PRESENT
+from shadowc.onnx.names import DENSE, INPUTS, KERNELS, KINDS, MODEL, PAST, PRESENT
+from shadowc.onnx.plan import TYPES, Node, Plans
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
 from shadowc.versions import versions
@@ -56,25 +57,19 @@ IR_VERSION = 8
 ABI = 1
 """Contract of the custom nodes, counted up with every change: the library refuses another one."""
 
-TYPES = {
-    torch.float32: TensorProto.FLOAT,
-    torch.float16: TensorProto.FLOAT16,
-    torch.bfloat16: TensorProto.BFLOAT16,
-    torch.int64: TensorProto.INT64,
-    torch.bool: TensorProto.BOOL,
-}
-
 # Importing registers the ops.
 _ = (decode_attention, linear, rms_norm, select, select_above, sparse_gated_mlp, sparse_mlp,
      sparse_out_proj, sparse_qkv)  # fmt: skip
 aten, ops = torch.ops.aten, torch.ops.shadowc
 
 
-def export(session: Session) -> dict[str, onnx.ModelProto]:
+def export(session: Session, *, cuda: bool = False) -> dict[str, onnx.ModelProto]:
     """The models of an artifact by file name, without the data of their weights.
 
     Args:
         session: An artifact's programs, those of the `cpu` target with logits of all tokens.
+        cuda: Make it one for GPUs: with their kernels, products in the type of the weights, and
+            nothing skipped for batches, whose rows share what they read.
 
     Returns:
         `model.onnx`, and `dense.onnx` where the former skips anything.
@@ -84,8 +79,8 @@ def export(session: Session) -> dict[str, onnx.ModelProto]:
     """
     step = next((name for name in ("decode", "hold", "exact") if name in session.programs), None)
     if step is None:
-        return {MODEL: _dense_model(session)}
-    return {MODEL: _step_model(session, step), DENSE: _dense_model(session)}
+        return {MODEL: _dense_model(session, cuda)}
+    return {MODEL: _step_model(session, step, cuda), DENSE: _dense_model(session, cuda)}
 
 
 def save(models: Mapping[str, onnx.ModelProto], directory: Path) -> None:
@@ -116,9 +111,9 @@ def save(models: Mapping[str, onnx.ModelProto], directory: Path) -> None:
             raise PassError(f"onnx.checker refuses {name}", got=error) from error
 
 
-def _dense_model(session: Session) -> onnx.ModelProto:
+def _dense_model(session: Session, cuda: bool) -> onnx.ModelProto:
     """Every unit, in plain ONNX, with a cache that grows."""
-    w = Writer(half=_half(session))
+    w = Writer(half=_half(session), narrow=cuda)
     program = session.program("dense")
     made = _Converter(session, w, _frame(w)).convert(program)
     names = ["logits", *_presents(session)]
@@ -127,26 +122,36 @@ def _dense_model(session: Session) -> onnx.ModelProto:
     return _model(session, w, names, program.weights, {})
 
 
-def _step_model(session: Session, step: str) -> onnx.ModelProto:
+def _step_model(session: Session, step: str, cuda: bool) -> onnx.ModelProto:
     """A prompt dense, then token by token what the policy keeps."""
-    w = Writer(half=_half(session))
+    w = Writer(half=_half(session), narrow=cuda)
     frame = _frame(w)
     many = w.op("Greater", frame["tokens"], w.ints(1))
     first = w.op("Equal", frame["position"], w.ints(0))
-    prompt = w.op("Squeeze", w.op("Or", many, first))
+    whole_model = w.op("Or", many, first)
+    if cuda:
+        rows = w.op("Greater", w.size("input_ids", 0), w.ints(1))
+        whole_model = w.op("Or", whole_model, rows)
+    prompt = w.op("Squeeze", whole_model)
 
     program, dense = session.program(step), session.program("dense")
-    stepper = _Converter(session, Writer("step/", half=w.half), frame, step=True)
+    plans = Plans() if cuda else None
+    within = Writer("step/", half=w.half, narrow=cuda)
+    stepper = _Converter(session, within, frame, step=True, plans=plans)
     made = stepper.convert(program)
     names = ["logits", *_presents(session), *(k for k in ("head_keep", "neuron_keep") if k in made)]
     names.append("rows")
-    whole = _Converter(session, Writer("prompt/", half=w.half), frame, shared=True)
+    within = Writer("prompt/", half=w.half, narrow=cuda)
+    whole = _Converter(session, within, frame, shared=True)
     every = whole.convert(dense) | whole.every_unit(names)
 
     branches = {
         "then_branch": _graph(session, "prompt", whole.w, [every[n] for n in names], names),
         "else_branch": _graph(session, "step", stepper.w, [made[n] for n in names], names),
     }
+    if plans is not None:  # in the branch, where ONNX Runtime tells its nodes that it is constant
+        brought = numpy_helper.from_array(plans.tensor(), KERNELS)
+        branches["else_branch"].initializer.append(brought)
     w.nodes.append(helper.make_node("If", [prompt], names, name="prompt_or_step", **branches))
     weights = dict.fromkeys((*program.weights, *dense.weights))
     return _model(session, w, names, weights, stepper.functions)
@@ -196,6 +201,7 @@ class _Converter:
         frame: See `_frame`.
         step: Whether blocks become custom nodes; else plain ONNX in line.
         shared: See `bodies.attention`; of the plain form.
+        plans: Gets what custom nodes run on a GPU, if they shall.
     """
 
     def __init__(
@@ -206,9 +212,11 @@ class _Converter:
         *,
         step: bool = False,
         shared: bool = False,
+        plans: Plans | None = None,
     ) -> None:
         self.session, self.shape, self.w, self.frame = session, session.shape, w, frame
-        self.step, self.shared = step, shared
+        self.step, self.shared, self.plans = step, shared, plans
+        self._shapes: dict[Value, Tensor] = {}
         self.functions: dict[str, onnx.FunctionProto] = {}
         self._meanings: dict[str, object] = {}
         self._present: dict[str, Value] = {}
@@ -219,10 +227,16 @@ class _Converter:
         placeholders = program.graph.find_nodes(op="placeholder")
         given = (*program.weights, *(self._input(name) for name in program.inputs))
         values |= zip(placeholders, given, strict=True)
+        shapes = {} if self.plans is None else one_token(self.session, program)
         results: Sequence[Any] = ()
         for node in program.graph.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                self._shapes |= {
+                    values[source]: shapes[source]
+                    for source in node.all_input_nodes
+                    if source in shapes and isinstance(values[source], str)
+                }
                 values[node] = self._call(node.target, args, kwargs)
             elif node.op == "output":
                 results = fx.map_arg(node.args[0], values.__getitem__)
@@ -305,22 +319,46 @@ class _Converter:
             optional: Whether the body is the same with and without its optional inputs.
         """
         attributes = {"abi": ABI, **fixed, **(own or {})}
+        names = [*inspect.signature(body).parameters][1 : 1 + len(inputs)]
+        if self.plans is not None:
+            node = self._planned(kind, dict(zip(names, inputs, strict=True)), attributes)
+            attributes["plan"] = self.plans.add(node)
         given = [optional or value is not None for value in inputs]
         meaning = (given, dict(fixed))
         if self._meanings.setdefault(kind, meaning) != meaning:
             raise PassError(f"{kind} differs between layers", expected=self._meanings[kind],
                             got=meaning)  # fmt: skip
+        kernels = [] if self.plans is None else [KERNELS]
         if kind not in self.functions:
-            names = [*inspect.signature(body).parameters][1 : 1 + len(inputs)]
-            w = Writer(half=self.w.half)
+            w = Writer(half=self.w.half, narrow=self.w.narrow)
             formal = (n if there else None for n, there in zip(names, given, strict=True))
             made = body(w, *formal, **fixed)
             self.functions[kind] = helper.make_function(
-                DOMAIN, kind, names, [made] if isinstance(made, str) else [*made], w.nodes,
+                DOMAIN, kind, [*names, *kernels], [made] if isinstance(made, str) else [*made],
+                w.nodes,
                 [helper.make_opsetid("", OPSET)], [*attributes],
             )  # fmt: skip
         values = {k: int(v) if isinstance(v, bool) else v for k, v in attributes.items()}
-        return self.w.nodes_of(kind, *inputs, results=results, domain=DOMAIN, **values)
+        return self.w.nodes_of(
+            kind, *inputs, *kernels, results=results, domain=DOMAIN, **values
+        )  # fmt: skip
+
+    def _planned(
+        self, op: str, inputs: Mapping[str, Value | None], attributes: Mapping[str, Any]
+    ) -> Node:
+        """A node of one token for its plan."""
+        shape, slots = self.shape, self.session.max_seq_len
+        known = {
+            "position": torch.empty(1, dtype=torch.int64, device="meta"),
+            "allowed": torch.empty(1, 1, slots, dtype=torch.bool, device="meta"),
+        }
+        units = shape.heads if op == "SparseAttention" else shape.ffn
+        known["keep"] = torch.empty(1, units, dtype=torch.bool, device="meta")
+        tensors = {
+            name: None if value is None else known.get(name, self._shapes.get(value))
+            for name, value in inputs.items()
+        }
+        return Node(op, tensors, {k: v for k, v in attributes.items() if k != "abi"})
 
     def _kept(self, mask: Value | None, units: int) -> Value:
         """A keep set, or that of all units."""
@@ -338,6 +376,9 @@ class _Converter:
             )
         if not self.step:
             return bodies.linear(self.w, x, weight, bias)
+        if self.w.narrow:  # whose sum with a bias is one of fp32, by an operator that needs both
+            product = self.node("Linear", bodies.linear, (x, weight, None), 1, {})[0]
+            return self.w.add(product, bias)
         # Gemm may do without its bias, and so may this node.
         return self.node("Linear", bodies.linear, (x, weight, bias), 1, {}, optional=True)[0]
 
@@ -466,6 +507,24 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     aten.sym_size.int: lambda c, x, dim: c.w.size(x, dim),
     aten.view.default: lambda c, x, sizes: c.w.op("Reshape", x, c.shape_of(sizes)),
 }  # fmt: skip
+
+
+def one_token(session: Session, program: Program) -> dict[fx.Node, Any]:
+    """A program's values on meta tensors, for one token of one row."""
+    shape, meta = session.shape, torch.device("meta")
+    cache = torch.empty(1, shape.kv_heads, session.max_seq_len, shape.head_dim, device=meta)
+    one = torch.empty(1, dtype=torch.int64, device=meta)
+    values = {"input_ids": one[None], "position_ids": one[None], "start": one, "position": one}
+    values |= {name: sets.to(meta) for name, sets in session.static_keep.items()}
+    given = [session.tensors[name].to(meta) for name in program.weights]
+    given += [values.get(name, cache) for name in program.inputs]
+    placeholders = program.graph.find_nodes(op="placeholder")
+    known: dict[fx.Node, Any] = dict(zip(placeholders, given, strict=True))
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)
+    return known
 
 
 def _value_infos(session: Session, names: Sequence[str]) -> list[onnx.ValueInfoProto]:

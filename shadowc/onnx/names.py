@@ -6,3 +6,6 @@ MODEL, DENSE = "model.onnx", "dense.onnx"
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
 KINDS = ("key", "value")
+
+KERNELS = "kernels"
+"""The tensor of a model for GPUs that its custom nodes read: see `plan.py`."""

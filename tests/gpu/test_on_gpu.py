@@ -29,7 +29,7 @@ from shadowc.runtime.lazy import CATCH_UP, LAZY
 from shadowc.runtime.loading import load
 from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
-from shadowc.targets import TARGETS, load_target
+from shadowc.targets import load_target
 from shadowc.trace import trace
 
 OPS = torch.ops.shadowc
@@ -367,7 +367,7 @@ def test_transformers_compiled(books, tmp_path):
 
 def test_another_gpu_is_refused(books, tmp_path):
     loaded, found, _ = books
-    other = next(name for name in TARGETS if name not in ("cpu", HERE))
+    other = next(name for name in cuda.PROFILES if name != HERE)
     made = compile_model(
         loaded, None, Policy(0.0, 0.0), tmp_path / "other", target=other, dtype=torch.float16,
         max_seq_len=64,

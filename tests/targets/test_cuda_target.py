@@ -118,9 +118,9 @@ def test_each_target_tells_what_it_is(name):
 
 
 def test_an_unknown_target_lists_the_known_ones():
-    assert set(TARGETS) == {"cpu", "onnx-cpu", *FAMILY}
+    assert set(TARGETS) == {"cpu", "onnx-cpu", "onnx-cuda", *FAMILY}
     with pytest.raises(
-        OptionError, match=r"(?s)'b200'.*cpu, onnx-cpu, a100, h100, h200, l4, rtx4090"
+        OptionError, match=r"(?s)'b200'.*cpu, onnx-cpu, onnx-cuda, a100, h100, h200, l4, rtx4090"
     ):
         load_target("b200")
 
@@ -129,7 +129,7 @@ def test_the_command_line_lists_all_targets():
     command = [sys.executable, "-m", "shadowc", "targets", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = {t["target"]: t["what"] for t in json.loads(done.stdout)["targets"]}
-    assert set(found) == {"cpu", "onnx-cpu", *FAMILY}
+    assert set(found) == {"cpu", "onnx-cpu", "onnx-cuda", *FAMILY}
     assert all(found[name] == load_target(name).description for name in FAMILY)
 
 
