@@ -26,7 +26,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NATIVE_ROWS = 8
 """Dense ops on at most this many tokens run native; more go through a chunked matrix product."""
 
-_ABI = 2
+_ABI = 3
 _BUILD = "run `pip install -e .` or `python setup.py build_ext --inplace` (needs a C++20 compiler)"
 _LIBRARY = torch.library.Library("shadowc", "FRAGMENT")
 
