@@ -24,30 +24,21 @@ struct alignas(64) Counter {
   int64_t next = 0;
 };
 
-// Calls body(task) for tasks handed out one by one, so that a slowed thread takes fewer.
+// Calls body(task) for tasks [0, n) on up to `threads` threads, handed out one by one, so that a
+// slowed thread takes fewer and one that comes late takes none.
 template <class Body>
-INLINE void for_tasks(Counter* counter, int64_t tasks, const Body& body) {
-  for (int64_t i; (i = __atomic_fetch_add(&counter->next, 1, __ATOMIC_RELAXED)) < tasks;) body(i);
-}
-
-template <class Body>
-INLINE void in_team(int64_t threads, const Body& body) {
-  run((int)threads, [](void* body, const Team& team) { (*(const Body*)body)(team); }, (void*)&body);
-}
-
-// Two steps, the second when all have done the first.
-template <class First, class Second>
-INLINE void in_team(int64_t threads, const First& first, const Second& second) {
-  if (is_lent()) {
-    in_team(threads, first);
-    in_team(threads, second);
-    return;
-  }
-  in_team(threads, [&](const Team& team) {
-    first(team);
-    team.barrier();
-    second(team);
-  });
+INLINE void in_team(int64_t threads, int64_t n, const Body& body) {
+  struct Work {
+    Counter counter;
+    int64_t n;
+    const Body& body;
+  } work{{}, n, body};
+  const auto task = [](void* argument) {
+    Work& own = *(Work*)argument;
+    for (int64_t i; (i = __atomic_fetch_add(&own.counter.next, 1, __ATOMIC_RELAXED)) < own.n;)
+      own.body(i);
+  };
+  run((int)smaller(threads, n), task, &work);
 }
 
 // Calls body with a value of the weight type, for its type alone.
@@ -292,18 +283,16 @@ INLINE void sum_rows(int64_t rows, int64_t M, int64_t C, int64_t threads, const 
   const int64_t most = smaller(rows / kPartRows, kMostParts), parts = most < 1 ? 1 : most;
   const int64_t size = M * padded(C);
   float* partial = (float*)scratch(0, parts * size * sizeof(float));
-  Counter next;
-  const auto add_up = [&](const Team&) {
-    for_tasks(&next, parts, [&](int64_t part) {
-      float* acc = partial + part * size;
-      for (int64_t i = 0; i < size; ++i) acc[i] = 0;
-      const int64_t end = rows * (part + 1) / parts;
-      for (int64_t first = rows * part / parts; first < end; first += kMostUnits)
-        body(first, smaller(first + kMostUnits, end), acc);
-    });
-  };
-  const auto combine = [&](const Team& team) {
-    const int64_t first = C * team.rank / team.size, last = C * (team.rank + 1) / team.size;
+  in_team(threads, parts, [&](int64_t part) {
+    float* acc = partial + part * size;
+    for (int64_t i = 0; i < size; ++i) acc[i] = 0;
+    const int64_t end = rows * (part + 1) / parts;
+    for (int64_t first = rows * part / parts; first < end; first += kMostUnits)
+      body(first, smaller(first + kMostUnits, end), acc);
+  });
+  const int64_t stretches = smaller(threads, parts);
+  in_team(threads, stretches, [&](int64_t stretch) {
+    const int64_t first = C * stretch / stretches, last = C * (stretch + 1) / stretches;
     for (int64_t m = 0; m < M; ++m) {
       float* acc = partial + m * padded(C);
       for (int64_t part = 1; part < parts; ++part)
@@ -313,8 +302,7 @@ INLINE void sum_rows(int64_t rows, int64_t M, int64_t C, int64_t threads, const 
         y[m * C + c] = residual != nullptr ? residual[m * C + c] + value : value;
       }
     }
-  };
-  in_team(smaller(threads, parts), add_up, combine);
+  });
 }
 
 // ---------------------------------------------------------------------------- projections
@@ -340,15 +328,12 @@ void project_as(const Project& p, int64_t m0, int64_t M) {
           out[kept.id[i]] = value[i * M + m] + (a.bias ? a.bias[kept.id[i]] : 0.0f);
     }
   };
-  Counter next;
-  in_team(smaller((int64_t)p.threads, tasks), [&](const Team&) {
-    for_tasks(&next, tasks, [&](int64_t task) {
-      const Matrix* a = p.matrix;
-      for (; task >= blocks_of(a->rows, size); ++a) task -= blocks_of(a->rows, size);
-      const int64_t end = smaller((task + 1) * size, a->rows);
-      for (int64_t first = task * size; first < end; first += kMostUnits)
-        stretch(*a, first, smaller(first + kMostUnits, end));
-    });
+  in_team(p.threads, tasks, [&](int64_t task) {
+    const Matrix* a = p.matrix;
+    for (; task >= blocks_of(a->rows, size); ++a) task -= blocks_of(a->rows, size);
+    const int64_t end = smaller((task + 1) * size, a->rows);
+    for (int64_t first = task * size; first < end; first += kMostUnits)
+      stretch(*a, first, smaller(first + kMostUnits, end));
   });
 }
 
@@ -496,50 +481,47 @@ void attention(const Attention& p) {
   const int64_t heads = p.B * p.G >= 4 * p.threads || p.threads == 1 ? repeat : 1;
   const int64_t tasks = p.B * p.H / heads;
   const bool is_short = p.B * p.H * slot * D < 1 << 15;
-  Counter next;
-  in_team(is_short ? 1 : smaller((int64_t)p.threads, tasks), [&](const Team&) {
+  in_team(is_short ? 1 : p.threads, tasks, [&](int64_t task) {
     float* scores = (float*)scratch(3, (heads * (slot + 1) + D + 2 * LANES) * sizeof(float));
     float* acc = scores + heads * (slot + 1);
-    for_tasks(&next, tasks, [&](int64_t task) {
-      const int64_t b = task * heads / p.H, h0 = task * heads % p.H, g = h0 / repeat;
-      const int64_t start = p.start[b] < 0 ? 0 : p.start[b], n = slot + 1 - start;
-      const float* keys = p.k_cache + ((b * p.G + g) * p.S + start) * D;
-      const float* values = p.v_cache + ((b * p.G + g) * p.S + start) * D;
-      constexpr int64_t CHUNK = 64;  // slots that stay in L1 while the heads of a group pass
-      for (int64_t s0 = 0; s0 < n; s0 += CHUNK)
-        for (int64_t j = 0; j < heads; ++j) {
-          const float* query = q + (b * p.H + h0 + j) * D;
-          if (!kept[b * p.H + h0 + j]) continue;
-          for (int64_t s = s0; s < smaller(s0 + CHUNK, n); s += kRows) {
-            const float *row[kRows], *ahead[kRows];
-            float part[kRows];
-            for (int r = 0; r < kRows; ++r) {
-              row[r] = keys + smaller(s + r, n - 1) * D;
-              ahead[r] = keys + smaller(s + r + 4 * kRows, n - 1) * D;
-            }
-            dot<float, kRows, 1>(row, ahead, &query, D, part, 1);
-            for (int r = 0; r < kRows && s + r < n; ++r) scores[j * n + s + r] = part[r] * p.scale;
-          }
-        }
+    const int64_t b = task * heads / p.H, h0 = task * heads % p.H, g = h0 / repeat;
+    const int64_t start = p.start[b] < 0 ? 0 : p.start[b], n = slot + 1 - start;
+    const float* keys = p.k_cache + ((b * p.G + g) * p.S + start) * D;
+    const float* values = p.v_cache + ((b * p.G + g) * p.S + start) * D;
+    constexpr int64_t CHUNK = 64;  // slots that stay in L1 while the heads of a group pass
+    for (int64_t s0 = 0; s0 < n; s0 += CHUNK)
       for (int64_t j = 0; j < heads; ++j) {
-        float* out = p.ctx + (b * p.H + h0 + j) * D;
-        for (int64_t d = 0; d < D; ++d) out[d] = 0;
-        if (n <= 0 || !kept[b * p.H + h0 + j]) continue;
-        softmax(scores + j * n, n);
-        for (int64_t d = 0; d < D + LANES; ++d) acc[d] = 0;
-        for (int64_t s = 0; s < n; s += kRows) {
+        const float* query = q + (b * p.H + h0 + j) * D;
+        if (!kept[b * p.H + h0 + j]) continue;
+        for (int64_t s = s0; s < smaller(s0 + CHUNK, n); s += kRows) {
           const float *row[kRows], *ahead[kRows];
-          float weight[kRows];
+          float part[kRows];
           for (int r = 0; r < kRows; ++r) {
-            row[r] = values + smaller(s + r, n - 1) * D;
-            ahead[r] = values + smaller(s + r + 4 * kRows, n - 1) * D;
-            weight[r] = s + r < n ? scores[j * n + s + r] : 0.0f;
+            row[r] = keys + smaller(s + r, n - 1) * D;
+            ahead[r] = keys + smaller(s + r + 4 * kRows, n - 1) * D;
           }
-          axpy<float, kRows>(row, ahead, weight, D, acc);
+          dot<float, kRows, 1>(row, ahead, &query, D, part, 1);
+          for (int r = 0; r < kRows && s + r < n; ++r) scores[j * n + s + r] = part[r] * p.scale;
         }
-        __builtin_memcpy(out, acc, D * sizeof(float));
       }
-    });
+    for (int64_t j = 0; j < heads; ++j) {
+      float* out = p.ctx + (b * p.H + h0 + j) * D;
+      for (int64_t d = 0; d < D; ++d) out[d] = 0;
+      if (n <= 0 || !kept[b * p.H + h0 + j]) continue;
+      softmax(scores + j * n, n);
+      for (int64_t d = 0; d < D + LANES; ++d) acc[d] = 0;
+      for (int64_t s = 0; s < n; s += kRows) {
+        const float *row[kRows], *ahead[kRows];
+        float weight[kRows];
+        for (int r = 0; r < kRows; ++r) {
+          row[r] = values + smaller(s + r, n - 1) * D;
+          ahead[r] = values + smaller(s + r + 4 * kRows, n - 1) * D;
+          weight[r] = s + r < n ? scores[j * n + s + r] : 0.0f;
+        }
+        axpy<float, kRows>(row, ahead, weight, D, acc);
+      }
+      __builtin_memcpy(out, acc, D * sizeof(float));
+    }
   });
 }
 
