@@ -3,10 +3,8 @@
     code -> linear (heads)   -> [L', N] -> select_above -> index, count
          -> linear (neurons) -> [L'', F] -> select_above -> index, count
         ->  choose_above(code, weights, biases, thresholds)
-    feature -> linear -> code -> ...
-        ->  choose_above(feature, weights, biases, thresholds, first)          (with `code`)
 
-Where a launch or a call costs more than the work in it. The sets are chosen where the code is
+For targets where a launch costs more than the work in it. The sets are chosen where the code is
 made, as early as can be: what reads them need not wait (`soon` is whether the next op does).
 """
 
@@ -14,7 +12,6 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from typing import Any
 
 import torch
 from torch import fx
@@ -31,12 +28,11 @@ _CHAIN = (aten.contiguous.default, aten.select.int, aten.unflatten.int)
 _PARTS = (operator.getitem, aten.unbind.int)
 
 
-def fuse_choice(module: fx.GraphModule, *, code: bool = False) -> bool:
+def fuse_choice(module: fx.GraphModule) -> bool:
     """Fuse what follows every tap's code.
 
     Args:
         module: A graph of one token whose masks are compact.
-        code: Take in what makes the code too, where that is one linear.
 
     Returns:
         Whether anything changed.
@@ -57,19 +53,16 @@ def fuse_choice(module: fx.GraphModule, *, code: bool = False) -> bool:
             raise PassError("fuse_choice: scores of another make", got=linear.target)
         groups[linear.args[0]].append((linear, select))
     places = {node: place for place, node in enumerate(graph.nodes)}
-    for source, kinds in groups.items():
+    for code, kinds in groups.items():
         last = max((linear for linear, _ in kinds), key=places.__getitem__)
         thresholds = [select.args[1] for _, select in kinds]
         for threshold in thresholds:
             last.prepend(threshold)
         with graph.inserting_after(last):
             weights, biases = zip(*(linear.args[1:3] for linear, _ in kinds), strict=True)
-            lists = [*weights], [*biases], thresholds
-            arguments: tuple[Any, ...] = (source, *lists, True)
-            if code and source.target is aten.linear.default:
-                x, *first = source.args
-                arguments = (x, *lists, True, *first)
-            new = graph.call_function(ops.choose_above.default, arguments)
+            new = graph.call_function(
+                ops.choose_above.default, (code, [*weights], [*biases], thresholds, True)
+            )
         with graph.inserting_after(new):
             parts = unpack(graph, new, 2 * len(kinds))
         for place, (_, select) in enumerate(kinds):

@@ -15,6 +15,7 @@ from shadowc.config import Policy
 from shadowc.errors import OptionError
 from shadowc.passes.compact_masks import compact_masks
 from shadowc.passes.fuse_choice import fuse_choice
+from shadowc.passes.fuse_predictor import fuse_predictor
 from shadowc.passes.fuse_rms_norm import fuse_rms_norm
 from shadowc.passes.fuse_sparse_attention import fuse_sparse_attention
 from shadowc.passes.fuse_sparse_mlp import fuse_sparse_mlp
@@ -33,7 +34,7 @@ class CpuTarget:
     name = "cpu"
     lazy_kv = False
     head_passes: tuple[Pass, ...] = (last_logits,)
-    choice_passes: tuple[Pass, ...] = (partial(fuse_choice, code=True),)
+    choice_passes: tuple[Pass, ...] = (fuse_choice, fuse_predictor)
     description = "any x86-64 or aarch64 CPU: native kernels, weights in fp32, bf16 or fp16"
 
     def tolerances(self, dtype: torch.dtype) -> Tolerances:
