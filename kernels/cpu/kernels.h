@@ -8,6 +8,7 @@ constexpr int64_t kMostRows = 64;   // batch rows served by one pass over the we
 constexpr int64_t kMostUnits = 64;  // matrix rows in one task of a first projection
 constexpr int64_t kMostParts = 32;  // partial sums of a second projection
 constexpr int64_t kPartRows = 64;   // and the fewest rows of one
+constexpr int64_t kLeastProducts = 1 << 18;  // of a predictor that is worth more than one thread
 constexpr int kRows = 4;   // scattered rows at once; neighbours go one by one (see is_run)
 constexpr int kBatch = 4;  // batch rows at once
 
@@ -548,17 +549,19 @@ void norm(const Norm& p) {
 void choose(const Choose& p) {
   const Choice &one = p.kind[0], &two = p.kind[1];
   const int64_t units[2] = {one.L * one.N, two.L * two.N}, B = p.B, R = p.R;
+  const int64_t products = B * R * (units[0] + units[1] + (p.first != nullptr ? p.C : 0));
+  const int threads = products < kLeastProducts ? 1 : p.threads;
   float* code = (float*)scratch(4, B * (R + units[0] + units[1]) * sizeof(float));
   float* scores[2] = {code + B * R, code + B * (R + units[0])};
   if (p.first != nullptr)
-    project({p.x, {{p.first, p.bias, code, R, {}}}, 1, B, 1, p.C, p.threads, p.dtype});
+    project({p.x, {{p.first, p.bias, code, R, {}}}, 1, B, 1, p.C, threads, p.dtype});
   project({p.first ? code : p.x,
            {{one.weight, one.bias, scores[0], units[0], {}},
             {two.weight, two.bias, scores[1], units[1], {}}},
-           two.N > 0 ? 2 : 1, B, 1, R, p.threads, p.dtype});
+           two.N > 0 ? 2 : 1, B, 1, R, threads, p.dtype});
   for (int k = 0; k < (two.N > 0 ? 2 : 1); ++k) {
     const Choice& kind = p.kind[k];
-    select_above({scores[k], kind.threshold, kind.index, kind.count, B, kind.L, kind.N, p.threads});
+    select_above({scores[k], kind.threshold, kind.index, kind.count, B, kind.L, kind.N, threads});
   }
 }
 
