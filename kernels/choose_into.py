@@ -1,15 +1,16 @@
 """A whole predictor and its selection in one call: what a tap reads -> keep sets, written in place.
 
-    code = x first^T + first_bias, or x itself         [B, 1, R]
-    scores_k = code weights_k^T + biases_k             [B, L_k, N_k],  k: heads, neurons, or one alone
+    code = x first^T + first_bias, or x itself       [B, 1, R]
+    scores_k = code weights_k^T + biases_k           [B, L_k, N_k], k: heads, neurons, or one alone
     index_k[at_k : at_k + L_k], count_k[...] = select_above(scores_k, thresholds_k)
 
 The same as `linear` and `select_above` for each kind; scores are never stored, and the keep sets of
 all taps are one tensor that nobody has to join. For CPUs, where each small call costs more than the
 work in it.
-x [B, 1, C] or [B, 1, R] float32; first [R, C] and first_bias [R], or both None; weight [L_k N_k, R],
-matrices of one dtype; bias [L_k N_k], threshold [L_k] float32; sets: of each kind index int32
-[L, B, N_k] and count int32 [L, B], one after the other; at: the place of the tap's first layer.
+x [B, 1, C] or [B, 1, R] float32; first [R, C] and first_bias [R], or both None; weight
+[L_k N_k, R]; matrices of one dtype; bias [L_k N_k], threshold [L_k] float32; sets: of each kind
+index int32 [L, B, N_k] and count int32 [L, B], one after the other; at: the place of the tap's
+first layer.
 """
 
 from __future__ import annotations

@@ -38,35 +38,36 @@ def fuse_predictor(module: fx.GraphModule) -> bool:
     Raises:
         PassError: If keep sets are joined in another way than `compact_masks` does.
     """
-    graph = module.graph
+    graph, call = module.graph, module.graph.call_function
     taps = graph.find_nodes(op="call_function", target=ops.choose_above.default)
     if not taps:
         return False
-    (ids,) = (n for n in graph.find_nodes(op="placeholder") if n.name == "input_ids")
+    (ids,) = (node for node in graph.find_nodes(op="placeholder") if node.name == "input_ids")
     with graph.inserting_before(taps[0]):
-        batch = graph.call_function(aten.sym_size.int, (ids, 0))
-    results = dict(zip(module.meta["outputs"], graph.output_node().args[0], strict=True))
+        batch = call(aten.sym_size.int, (ids, 0))
+    output = graph.output_node()
+    results = dict(zip(module.meta["outputs"], output.args[0], strict=True))
     places: dict[fx.Node, tuple[fx.Node, int]] = {}  # a tap's set: the model's, and where in it
-    for kind in ("head", "neuron"):
-        sets = [results[name] for name in (f"{kind}_index", f"{kind}_count") if name in results]
-        for whole in sets:
-            parts = whole.args[0] if whole.target is aten.cat.default else [whole]
-            if any(part.args[0] not in taps for part in parts):
-                raise PassError("fuse_predictor: keep sets of another make", got=whole.target)
-            sizes = [_size(module, part) for part in parts]
-            layers = sum(size for size, _ in sizes)
-            shape = [layers, batch, sizes[0][1]] if whole is sets[0] else [layers, batch]
-            with graph.inserting_before(taps[0]):
-                new = graph.call_function(aten.new_empty.default, (ids, shape), {"dtype": torch.int32})
-                by_layer = unpack(graph, graph.call_function(aten.unbind.int, (new,)), layers)
-            at = 0
-            for part, (size, _) in zip(parts, sizes, strict=True):
-                places[part] = new, at
-                for unbound in part.users:
-                    for one in unbound.users if unbound.target is aten.unbind.int else ():
-                        one.replace_all_uses_with(by_layer[at + one.args[1]])
-                at += size
-            graph.output_node().replace_input_with(whole, new)
+    for name, whole in results.items():
+        if not name.endswith(("_index", "_count")):
+            continue
+        parts = whole.args[0] if whole.target is aten.cat.default else [whole]
+        if any(part.args[0] not in taps for part in parts):
+            raise PassError("fuse_predictor: keep sets of another make", got=whole)
+        sizes = [_size(module, part) for part in parts]
+        layers, units = sum(size for size, _ in sizes), sizes[0][1]
+        shape = [layers, batch, units] if name.endswith("_index") else [layers, batch]
+        with graph.inserting_before(taps[0]):
+            new = call(aten.new_empty.default, (ids, shape), {"dtype": torch.int32})
+            by_layer = unpack(graph, call(aten.unbind.int, (new,)), layers)
+        at = 0
+        for part, (size, _) in zip(parts, sizes, strict=True):
+            places[part] = new, at
+            for one in [one for user in part.users for one in user.users]:
+                if one.target is operator.getitem:  # of what was unbound: a layer's own
+                    one.replace_all_uses_with(by_layer[at + one.args[1]])
+            at += size
+        output.replace_input_with(whole, new)
     for tap in taps:
         _fuse(graph, tap, places)
     return eliminate_dead_code(graph)

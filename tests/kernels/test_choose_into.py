@@ -54,7 +54,7 @@ def test_definition(each_isa, batch, width, rank, kinds, dtype, least):
     ]
     at = [1] * len(kinds)
     assert choose_into(x, first, first_bias, weights, biases, thresholds, sets, at) is None
-    for k, (layers, units) in enumerate(kinds):
+    for k, (_, units) in enumerate(kinds):
         index, count = sets[2 * k : 2 * k + 2]
         kept = (scores[k] > thresholds[k][:, None]).transpose(0, 1)
         assert torch.equal(count[1:-1], kept.sum(-1, dtype=torch.int32))

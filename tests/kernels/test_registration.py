@@ -54,7 +54,10 @@ def calls() -> dict[str, tuple[object, ...]]:
         "choose_into": (
             torch.randn(2, 1, 16), square, bias, [tall, square], [wide, bias],
             [torch.zeros(1), torch.zeros(4)],
-            [torch.zeros(size, dtype=torch.int32) for size in ((2, 2, 32), (2, 2), (4, 2, 4), (4, 2))],
+            [
+                torch.zeros(size, dtype=torch.int32)
+                for size in ((2, 2, 32), (2, 2), (4, 2, 4), (4, 2))
+            ],
             [1, 0],
         ),
         "compact": (torch.rand(2, 8) < 0.5,),
