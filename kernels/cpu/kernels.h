@@ -206,6 +206,8 @@ INLINE void dots_of_one(const W* weight, int64_t C, const Rows& rows, const floa
   for (int i = 0; i < rows.n; i += R) {
     float part[R];
     w.at(weight, C, rows.id, rows.n, i);
+    // Four short rows are too little to ask ahead for (of a predictor's 128 bytes: 12% slower).
+    if (R == 1 && C * sizeof(W) < 1024) w.next[0] = w.row[0] + 4096 / sizeof(W);
     dot<W, R, 1>(w.row, w.next, &x, C, part, 1);
     for (int r = 0; r < smaller(R, rows.n - i); ++r) out[i + r] = part[r];
   }
