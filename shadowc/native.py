@@ -26,9 +26,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NATIVE_ROWS = 8
 """Dense ops on at most this many tokens run native; more go through a chunked matrix product."""
 
-_ABI = 2
+_ABI = 3
 _BUILD = "run `pip install -e .` or `python setup.py build_ext --inplace` (needs a C++20 compiler)"
 _LIBRARY = torch.library.Library("shadowc", "FRAGMENT")
+
+CPU_LAUNCHERS: dict[str, Callable[..., Any]] = {}
+"""What runs an op on a CPU, by the op's name: to call it without PyTorch's dispatcher."""
 
 CUDA_LAUNCHERS: dict[str, Callable[..., Any]] = {}
 """What runs an op on CUDA, by the op's name: for finding out what it launches without a GPU."""
@@ -97,6 +100,7 @@ def register(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, launcher, "CPU")
+    CPU_LAUNCHERS[name] = launcher
     if cuda is not None:
         _LIBRARY.impl(name, cuda, "CUDA")
         CUDA_LAUNCHERS[name] = cuda

@@ -14,6 +14,8 @@ from shadowc import native
 from shadowc.config import Policy
 from shadowc.errors import OptionError
 from shadowc.passes.compact_masks import compact_masks
+from shadowc.passes.fuse_choice import fuse_choice
+from shadowc.passes.fuse_predictor import fuse_predictor
 from shadowc.passes.fuse_rms_norm import fuse_rms_norm
 from shadowc.passes.fuse_sparse_attention import fuse_sparse_attention
 from shadowc.passes.fuse_sparse_mlp import fuse_sparse_mlp
@@ -32,6 +34,7 @@ class CpuTarget:
     name = "cpu"
     lazy_kv = False
     head_passes: tuple[Pass, ...] = (last_logits,)
+    choice_passes: tuple[Pass, ...] = (fuse_choice, fuse_predictor)
     description = "any x86-64 or aarch64 CPU: native kernels, weights in fp32, bf16 or fp16"
 
     def tolerances(self, dtype: torch.dtype) -> Tolerances:
@@ -63,7 +66,9 @@ class CpuTarget:
             masked = ("logits", "head_mask", "neuron_mask") if sparse else ("logits",)
             programs[name] = to_program(module, module.meta.get("outputs", masked))
 
-        def lowering(*, skip_zeros: bool = True, hold: bool = False) -> tuple[Pass, ...]:
+        def lowering(
+            *choice: Pass, skip_zeros: bool = True, hold: bool = False
+        ) -> tuple[Pass, ...]:
             return (
                 fuse_rms_norm,
                 fuse_sparse_attention,  # before the MLP: both fold the residual add that follows
@@ -72,6 +77,7 @@ class CpuTarget:
                 partial(
                     compact_masks, policy=policy, hold=hold
                 ),  # after fusing: it removes `compact`
+                *choice,  # after that: it fuses what chooses keep sets, for one token
                 lower_linear,
                 partial(pack_weights, types=types, packed=packed),  # last: it binds what is left
             )
@@ -80,7 +86,7 @@ class CpuTarget:
         if relu:
             add("exact", dialects.plain(), lowering())
         if sparse and not static:
-            add("decode", dialects.masked(), lowering())
+            add("decode", dialects.masked(), lowering(*self.choice_passes))
         if sparse and (static or policy.refresh != 1):
             add("hold", dialects.masked(), lowering(hold=True))
         if sparse and not static and policy.refresh != 1:

@@ -32,6 +32,7 @@ class OnnxCpuTarget(CpuTarget):
     description = "ONNX Runtime on any CPU; from 1.17 on fast with shadowc's custom-op library"
     head_passes = ()  # a model's logits are those of all tokens
     provider = "cpu"
+    choice_passes = ()  # ONNX Runtime's calls are cheap, and masks are what its nodes exchange
 
     def tolerances(self, dtype: torch.dtype) -> Tolerances:
         """Those of the `cpu` target, and 64 equal tokens: another runtime is a step further."""

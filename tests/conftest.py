@@ -81,11 +81,15 @@ class Tiny:
             self.built[policy] = export_masks(predictors, chosen, self.shape.hidden)
         return self.built[policy]
 
-    def with_taps(self, taps: tuple[int, ...], feature: str = "residual") -> Tiny:
+    def with_taps(
+        self, taps: tuple[int, ...], feature: str = "residual", random_features: int = 16
+    ) -> Tiny:
         """The same model with predictors at other taps."""
-        key = ("taps", taps, feature)
+        key = ("taps", taps, feature, random_features)
         if key not in self.built:
-            calibration = random_calibration(self.loaded, taps=taps, feature=feature)
+            calibration = random_calibration(
+                self.loaded, taps=taps, random_features=random_features, feature=feature
+            )
             self.built[key] = Tiny(self.loaded, self.traced, calibration)
         return self.built[key]
 
@@ -135,7 +139,11 @@ def _tiny(name: str) -> Tiny:
 
 
 def random_calibration(
-    loaded: LoadedModel, predictor: str = "shadow", taps: tuple[int, ...] = (0,), **changes: str
+    loaded: LoadedModel,
+    predictor: str = "shadow",
+    taps: tuple[int, ...] = (0,),
+    random_features: int = 16,
+    **changes: str,
 ) -> Calibration:
     """A calibration whose predictors have random weights, with the quantiles of what they score."""
     shape = loaded.shape
@@ -146,7 +154,7 @@ def random_calibration(
     )
     residual = torch.randn(1, 400, shape.hidden, generator=generator)
     for tap in taps_of(shape.layers, taps):
-        network = ShadowPredictor(shape, rank=8, random_features=16, tap=tap)
+        network = ShadowPredictor(shape, rank=8, random_features=random_features, tap=tap)
         for _, buffer in network.named_buffers():
             buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
         weights |= {f"{tap.layer}.{name}": value for name, value in network.state_dict().items()}
@@ -156,8 +164,8 @@ def random_calibration(
                 quantiles[kind] = torch.cat((quantiles[kind], own[None]))
     fields = dict(
         model=vars(loaded.source), shape=shape, criterion="random", predictor=predictor,
-        feature="residual", taps=taps, rank=8, random_features=16, data="none", examples=1,
-        tokens=1, seq_len=1, seed=0, metrics={}, versions={},
+        feature="residual", taps=taps, rank=8, random_features=random_features, data="none",
+        examples=1, tokens=1, seq_len=1, seed=0, metrics={}, versions={},
         mean_head_scores=torch.rand(shape.layers, shape.heads, generator=generator),
         mean_neuron_scores=torch.rand(shape.layers, shape.ffn, generator=generator),
         zero_rate=torch.zeros(shape.layers, shape.ffn), head_quantiles=quantiles["heads"],

@@ -31,7 +31,7 @@ bool supports(const char* isa) {
 using namespace shadowc;
 
 // Counted up with every change of a struct that the launchers pack.
-API int shadowc_abi() { return 2; }
+API int shadowc_abi() { return 3; }
 
 // Selects an instruction set by name, the best one for null; returns its name, null if refused.
 API const char* shadowc_isa(const char* name) {
@@ -88,6 +88,7 @@ API void shadowc_mlp(const Mlp* p) { table->mlp(*p); }
 API void shadowc_rms_norm(const Norm* p) { table->norm(*p); }
 API void shadowc_select(const Select* p) { table->select(*p); }
 API void shadowc_select_above(const SelectAbove* p) { table->select_above(*p); }
+API void shadowc_choose(const Choose* p) { table->choose(*p); }
 
 // Returns 1 when the position is outside of the cache, 0 when done.
 API int shadowc_attention(const Attention* p) {

@@ -8,6 +8,7 @@ constexpr int64_t kMostRows = 64;   // batch rows served by one pass over the we
 constexpr int64_t kMostUnits = 64;  // matrix rows in one task of a first projection
 constexpr int64_t kMostParts = 32;  // partial sums of a second projection
 constexpr int64_t kPartRows = 64;   // and the fewest rows of one
+constexpr int64_t kLeastProducts = 1 << 18;  // of a predictor that is worth more than one thread
 constexpr int kRows = 4;   // scattered rows at once; neighbours go one by one (see is_run)
 constexpr int kBatch = 4;  // batch rows at once
 
@@ -23,30 +24,21 @@ struct alignas(64) Counter {
   int64_t next = 0;
 };
 
-// Calls body(task) for tasks handed out one by one, so that a slowed thread takes fewer.
+// Calls body(task) for tasks [0, n) on up to `threads` threads, handed out one by one, so that a
+// slowed thread takes fewer and one that comes late takes none.
 template <class Body>
-INLINE void for_tasks(Counter* counter, int64_t tasks, const Body& body) {
-  for (int64_t i; (i = __atomic_fetch_add(&counter->next, 1, __ATOMIC_RELAXED)) < tasks;) body(i);
-}
-
-template <class Body>
-INLINE void in_team(int64_t threads, const Body& body) {
-  run((int)threads, [](void* body, const Team& team) { (*(const Body*)body)(team); }, (void*)&body);
-}
-
-// Two steps, the second when all have done the first.
-template <class First, class Second>
-INLINE void in_team(int64_t threads, const First& first, const Second& second) {
-  if (is_lent()) {
-    in_team(threads, first);
-    in_team(threads, second);
-    return;
-  }
-  in_team(threads, [&](const Team& team) {
-    first(team);
-    team.barrier();
-    second(team);
-  });
+INLINE void in_team(int64_t threads, int64_t n, const Body& body) {
+  struct Work {
+    Counter counter;
+    int64_t n;
+    const Body& body;
+  } work{{}, n, body};
+  const auto task = [](void* argument) {
+    Work& own = *(Work*)argument;
+    for (int64_t i; (i = __atomic_fetch_add(&own.counter.next, 1, __ATOMIC_RELAXED)) < own.n;)
+      own.body(i);
+  };
+  run((int)smaller(threads, n), task, &work);
 }
 
 // Calls body with a value of the weight type, for its type alone.
@@ -214,6 +206,8 @@ INLINE void dots_of_one(const W* weight, int64_t C, const Rows& rows, const floa
   for (int i = 0; i < rows.n; i += R) {
     float part[R];
     w.at(weight, C, rows.id, rows.n, i);
+    // Four short rows are too little to ask ahead for (of a predictor's 128 bytes: 12% slower).
+    if (R == 1 && C * sizeof(W) < 1024) w.next[0] = w.row[0] + 4096 / sizeof(W);
     dot<W, R, 1>(w.row, w.next, &x, C, part, 1);
     for (int r = 0; r < smaller(R, rows.n - i); ++r) out[i + r] = part[r];
   }
@@ -291,18 +285,16 @@ INLINE void sum_rows(int64_t rows, int64_t M, int64_t C, int64_t threads, const 
   const int64_t most = smaller(rows / kPartRows, kMostParts), parts = most < 1 ? 1 : most;
   const int64_t size = M * padded(C);
   float* partial = (float*)scratch(0, parts * size * sizeof(float));
-  Counter next;
-  const auto add_up = [&](const Team&) {
-    for_tasks(&next, parts, [&](int64_t part) {
-      float* acc = partial + part * size;
-      for (int64_t i = 0; i < size; ++i) acc[i] = 0;
-      const int64_t end = rows * (part + 1) / parts;
-      for (int64_t first = rows * part / parts; first < end; first += kMostUnits)
-        body(first, smaller(first + kMostUnits, end), acc);
-    });
-  };
-  const auto combine = [&](const Team& team) {
-    const int64_t first = C * team.rank / team.size, last = C * (team.rank + 1) / team.size;
+  in_team(threads, parts, [&](int64_t part) {
+    float* acc = partial + part * size;
+    for (int64_t i = 0; i < size; ++i) acc[i] = 0;
+    const int64_t end = rows * (part + 1) / parts;
+    for (int64_t first = rows * part / parts; first < end; first += kMostUnits)
+      body(first, smaller(first + kMostUnits, end), acc);
+  });
+  const int64_t stretches = smaller(threads, parts);
+  in_team(threads, stretches, [&](int64_t stretch) {
+    const int64_t first = C * stretch / stretches, last = C * (stretch + 1) / stretches;
     for (int64_t m = 0; m < M; ++m) {
       float* acc = partial + m * padded(C);
       for (int64_t part = 1; part < parts; ++part)
@@ -312,8 +304,7 @@ INLINE void sum_rows(int64_t rows, int64_t M, int64_t C, int64_t threads, const 
         y[m * C + c] = residual != nullptr ? residual[m * C + c] + value : value;
       }
     }
-  };
-  in_team(smaller(threads, parts), add_up, combine);
+  });
 }
 
 // ---------------------------------------------------------------------------- projections
@@ -339,15 +330,12 @@ void project_as(const Project& p, int64_t m0, int64_t M) {
           out[kept.id[i]] = value[i * M + m] + (a.bias ? a.bias[kept.id[i]] : 0.0f);
     }
   };
-  Counter next;
-  in_team(smaller((int64_t)p.threads, tasks), [&](const Team&) {
-    for_tasks(&next, tasks, [&](int64_t task) {
-      const Matrix* a = p.matrix;
-      for (; task >= blocks_of(a->rows, size); ++a) task -= blocks_of(a->rows, size);
-      const int64_t end = smaller((task + 1) * size, a->rows);
-      for (int64_t first = task * size; first < end; first += kMostUnits)
-        stretch(*a, first, smaller(first + kMostUnits, end));
-    });
+  in_team(p.threads, tasks, [&](int64_t task) {
+    const Matrix* a = p.matrix;
+    for (; task >= blocks_of(a->rows, size); ++a) task -= blocks_of(a->rows, size);
+    const int64_t end = smaller((task + 1) * size, a->rows);
+    for (int64_t first = task * size; first < end; first += kMostUnits)
+      stretch(*a, first, smaller(first + kMostUnits, end));
   });
 }
 
@@ -495,50 +483,47 @@ void attention(const Attention& p) {
   const int64_t heads = p.B * p.G >= 4 * p.threads || p.threads == 1 ? repeat : 1;
   const int64_t tasks = p.B * p.H / heads;
   const bool is_short = p.B * p.H * slot * D < 1 << 15;
-  Counter next;
-  in_team(is_short ? 1 : smaller((int64_t)p.threads, tasks), [&](const Team&) {
+  in_team(is_short ? 1 : p.threads, tasks, [&](int64_t task) {
     float* scores = (float*)scratch(3, (heads * (slot + 1) + D + 2 * LANES) * sizeof(float));
     float* acc = scores + heads * (slot + 1);
-    for_tasks(&next, tasks, [&](int64_t task) {
-      const int64_t b = task * heads / p.H, h0 = task * heads % p.H, g = h0 / repeat;
-      const int64_t start = p.start[b] < 0 ? 0 : p.start[b], n = slot + 1 - start;
-      const float* keys = p.k_cache + ((b * p.G + g) * p.S + start) * D;
-      const float* values = p.v_cache + ((b * p.G + g) * p.S + start) * D;
-      constexpr int64_t CHUNK = 64;  // slots that stay in L1 while the heads of a group pass
-      for (int64_t s0 = 0; s0 < n; s0 += CHUNK)
-        for (int64_t j = 0; j < heads; ++j) {
-          const float* query = q + (b * p.H + h0 + j) * D;
-          if (!kept[b * p.H + h0 + j]) continue;
-          for (int64_t s = s0; s < smaller(s0 + CHUNK, n); s += kRows) {
-            const float *row[kRows], *ahead[kRows];
-            float part[kRows];
-            for (int r = 0; r < kRows; ++r) {
-              row[r] = keys + smaller(s + r, n - 1) * D;
-              ahead[r] = keys + smaller(s + r + 4 * kRows, n - 1) * D;
-            }
-            dot<float, kRows, 1>(row, ahead, &query, D, part, 1);
-            for (int r = 0; r < kRows && s + r < n; ++r) scores[j * n + s + r] = part[r] * p.scale;
-          }
-        }
+    const int64_t b = task * heads / p.H, h0 = task * heads % p.H, g = h0 / repeat;
+    const int64_t start = p.start[b] < 0 ? 0 : p.start[b], n = slot + 1 - start;
+    const float* keys = p.k_cache + ((b * p.G + g) * p.S + start) * D;
+    const float* values = p.v_cache + ((b * p.G + g) * p.S + start) * D;
+    constexpr int64_t CHUNK = 64;  // slots that stay in L1 while the heads of a group pass
+    for (int64_t s0 = 0; s0 < n; s0 += CHUNK)
       for (int64_t j = 0; j < heads; ++j) {
-        float* out = p.ctx + (b * p.H + h0 + j) * D;
-        for (int64_t d = 0; d < D; ++d) out[d] = 0;
-        if (n <= 0 || !kept[b * p.H + h0 + j]) continue;
-        softmax(scores + j * n, n);
-        for (int64_t d = 0; d < D + LANES; ++d) acc[d] = 0;
-        for (int64_t s = 0; s < n; s += kRows) {
+        const float* query = q + (b * p.H + h0 + j) * D;
+        if (!kept[b * p.H + h0 + j]) continue;
+        for (int64_t s = s0; s < smaller(s0 + CHUNK, n); s += kRows) {
           const float *row[kRows], *ahead[kRows];
-          float weight[kRows];
+          float part[kRows];
           for (int r = 0; r < kRows; ++r) {
-            row[r] = values + smaller(s + r, n - 1) * D;
-            ahead[r] = values + smaller(s + r + 4 * kRows, n - 1) * D;
-            weight[r] = s + r < n ? scores[j * n + s + r] : 0.0f;
+            row[r] = keys + smaller(s + r, n - 1) * D;
+            ahead[r] = keys + smaller(s + r + 4 * kRows, n - 1) * D;
           }
-          axpy<float, kRows>(row, ahead, weight, D, acc);
+          dot<float, kRows, 1>(row, ahead, &query, D, part, 1);
+          for (int r = 0; r < kRows && s + r < n; ++r) scores[j * n + s + r] = part[r] * p.scale;
         }
-        __builtin_memcpy(out, acc, D * sizeof(float));
       }
-    });
+    for (int64_t j = 0; j < heads; ++j) {
+      float* out = p.ctx + (b * p.H + h0 + j) * D;
+      for (int64_t d = 0; d < D; ++d) out[d] = 0;
+      if (n <= 0 || !kept[b * p.H + h0 + j]) continue;
+      softmax(scores + j * n, n);
+      for (int64_t d = 0; d < D + LANES; ++d) acc[d] = 0;
+      for (int64_t s = 0; s < n; s += kRows) {
+        const float *row[kRows], *ahead[kRows];
+        float weight[kRows];
+        for (int r = 0; r < kRows; ++r) {
+          row[r] = values + smaller(s + r, n - 1) * D;
+          ahead[r] = values + smaller(s + r + 4 * kRows, n - 1) * D;
+          weight[r] = s + r < n ? scores[j * n + s + r] : 0.0f;
+        }
+        axpy<float, kRows>(row, ahead, weight, D, acc);
+      }
+      __builtin_memcpy(out, acc, D * sizeof(float));
+    }
   });
 }
 
@@ -561,6 +546,27 @@ void norm(const Norm& p) {
 
 #include "select.h"
 
+// ---------------------------------------------------------------------------- predictor
+
+void choose(const Choose& p) {
+  const Choice &one = p.kind[0], &two = p.kind[1];
+  const int64_t units[2] = {one.L * one.N, two.L * two.N}, B = p.B, R = p.R;
+  const int64_t products = B * R * (units[0] + units[1] + (p.first != nullptr ? p.C : 0));
+  const int threads = products < kLeastProducts ? 1 : p.threads;
+  float* code = (float*)scratch(4, B * (R + units[0] + units[1]) * sizeof(float));
+  float* scores[2] = {code + B * R, code + B * (R + units[0])};
+  if (p.first != nullptr)
+    project({p.x, {{p.first, p.bias, code, R, {}}}, 1, B, 1, p.C, threads, p.dtype});
+  project({p.first ? code : p.x,
+           {{one.weight, one.bias, scores[0], units[0], {}},
+            {two.weight, two.bias, scores[1], units[1], {}}},
+           two.N > 0 ? 2 : 1, B, 1, R, threads, p.dtype});
+  for (int k = 0; k < (two.N > 0 ? 2 : 1); ++k) {
+    const Choice& kind = p.kind[k];
+    select_above({scores[k], kind.threshold, kind.index, kind.count, B, kind.L, kind.N, threads});
+  }
+}
+
 constexpr Table table(const char* name) {
-  return {name, project, out_proj, mlp, attention, norm, select, select_above};
+  return {name, project, out_proj, mlp, attention, norm, select, select_above, choose};
 }

@@ -1,7 +1,7 @@
 // The arguments of every op, as structs of plain pointers, and the table that each instruction set
 // fills. Matrices are row-major; shape letters as in the Python files. The launchers pack OutProj,
-// Mlp, Attention, Norm, Select and SelectAbove field by field: a change here is a change there, and of the number
-// that shadowc_abi() returns.
+// Mlp, Attention, Norm, Select, SelectAbove and Choose field by field: a change here is a change
+// there, and of the number that shadowc_abi() returns.
 #pragma once
 #include <cstdint>
 
@@ -105,6 +105,26 @@ struct SelectAbove {
   int threads;
 };
 
+// What a predictor's output matrix chooses of one kind of unit.
+struct Choice {
+  const void* weight;      // [L * N, R]
+  const float* bias;       // [L * N]
+  const float* threshold;  // [L]
+  int32_t *index, *count;  // [L, B, N], [L, B]
+  int64_t L, N;
+};
+
+// A whole predictor and its selection: code = first x + bias, or x itself without `first`; scores
+// from the code, keep sets from the scores.
+struct Choose {
+  const float* x;       // [B, C], [B, R] without `first`
+  const void* first;    // [R, C] or null
+  const float* bias;    // [R] or null
+  Choice kind[2];       // the second with N = 0 where there is one alone
+  int64_t B, C, R;
+  int threads, dtype;
+};
+
 struct Table {
   const char* name;
   void (*project)(const Project&);
@@ -114,6 +134,7 @@ struct Table {
   void (*norm)(const Norm&);
   void (*select)(const Select&);
   void (*select_above)(const SelectAbove&);
+  void (*choose)(const Choose&);
 };
 
 extern const Table* table;  // of the instruction set in use

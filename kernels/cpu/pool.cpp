@@ -14,7 +14,7 @@ namespace shadowc {
 namespace {
 
 constexpr int kMostThreads = 255;
-constexpr int kSpins = 500;  // 10 to 20 us: longer than a barrier of an undisturbed team
+constexpr int kSpins = 500;  // 10 to 20 us: longer than the last piece of work of an undisturbed thread
 // Longer than the interpreter spends between two ops of a decode step, so workers stay awake.
 constexpr auto kYield = std::chrono::microseconds(200);
 
@@ -44,31 +44,36 @@ uint32_t wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
 
 struct Pool {
   std::mutex busy;
-  // Job number << 8 | team size, in one word: a worker outside the team touches nothing else, so
-  // it cannot meet a job that is being replaced.
+  // Number << 16 | most workers << 8 | those that joined, in one word: joining is one exchange of it,
+  // which fails once the job is closed (no workers) or replaced. So a worker touches a job's other
+  // fields only while the caller waits for it.
   std::atomic<uint32_t> job{0};
-  std::atomic<uint32_t> pending{0};
-  std::atomic<uint32_t> arrived{0};
-  std::atomic<uint32_t> phase{0};
+  std::atomic<uint32_t> done{0};
   Task task = nullptr;
   void* argument = nullptr;
   int workers = 0;
 
-  void work(int rank, uint32_t seen) {
-    for (;;) {
-      seen = wait_change(job, seen);
-      const int size = static_cast<int>(seen & 255);
-      if (rank >= size) continue;
-      task(argument, Team{rank, size, this});
-      if (pending.fetch_sub(1, std::memory_order_acq_rel) == 1) pending.notify_one();
+  void work() {
+    uint32_t last = 0;  // number of the job that this worker did; numbers start at 1
+    for (uint32_t now = job.load(std::memory_order_acquire);;) {
+      if (now >> 16 == last || (now & 255) >= (now >> 8 & 255)) {
+        now = wait_change(job, now);
+      } else if (job.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel,
+                                           std::memory_order_acquire)) {
+        last = now >> 16;
+        task(argument);
+        done.fetch_add(1, std::memory_order_release);
+        done.notify_one();
+        now = job.load(std::memory_order_acquire);
+      }
     }
   }
 
-  // Makes sure that the team has `size` threads; fewer when the system gives no more.
+  // Makes sure that there are `size` threads with the caller; fewer when the system gives no more.
   int grow(int size) {
     while (workers + 1 < size) {
       try {
-        std::thread(&Pool::work, this, workers + 1, job.load()).detach();
+        std::thread(&Pool::work, this).detach();
       } catch (const std::exception&) {
         break;
       }
@@ -80,13 +85,15 @@ struct Pool {
   void run(int size, Task new_task, void* new_argument) {
     task = new_task;
     argument = new_argument;
-    pending.store(static_cast<uint32_t>(size - 1), std::memory_order_relaxed);
-    const uint32_t number = (job.load(std::memory_order_relaxed) >> 8) + 1;
-    job.store(number << 8 | static_cast<uint32_t>(size), std::memory_order_release);
+    done.store(0, std::memory_order_relaxed);
+    const uint32_t number = job.load(std::memory_order_relaxed) >> 16;
+    const uint32_t next = number == 0xffff ? 1 : number + 1;
+    job.store(next << 16 | static_cast<uint32_t>(size - 1) << 8, std::memory_order_release);
     job.notify_all();
-    task(argument, Team{0, size, this});
-    for (uint32_t left; (left = pending.load(std::memory_order_acquire)) != 0;)
-      wait_change(pending, left);
+    task(argument);
+    const uint32_t joined = job.exchange(next << 16, std::memory_order_acq_rel) & 255;
+    for (uint32_t now; (now = done.load(std::memory_order_acquire)) != joined;)
+      wait_change(done, now);
   }
 };
 
@@ -110,7 +117,6 @@ thread_local const Host* lent = nullptr;
 struct HostJob {
   Task task;
   void* argument;
-  int size;
   std::atomic<bool> failed{false};  // nothing may be thrown across the host
 };
 
@@ -118,27 +124,14 @@ struct HostJob {
 
 Lent::Lent(const Host& host) { lent = &host; }
 Lent::~Lent() { lent = nullptr; }
-bool is_lent() { return lent != nullptr; }
-
-void Team::barrier() const {
-  if (size == 1) return;
-  const uint32_t now = pool->phase.load(std::memory_order_relaxed);
-  if (pool->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(size)) {
-    pool->arrived.store(0, std::memory_order_relaxed);
-    pool->phase.store(now + 1, std::memory_order_release);
-    pool->phase.notify_all();
-  } else {
-    wait_change(pool->phase, now);
-  }
-}
 
 void run(int threads, Task task, void* argument) {
   if (lent != nullptr && threads > 1) {
-    HostJob job{task, argument, threads};
-    const auto rank = [](void* job, size_t rank) {
+    HostJob job{task, argument};
+    const auto rank = [](void* job, size_t) {
       HostJob& one = *(HostJob*)job;
       try {
-        one.task(one.argument, Team{(int)rank, one.size, nullptr});
+        one.task(one.argument);
       } catch (const std::bad_alloc&) {
         one.failed = true;
       }
@@ -155,7 +148,7 @@ void run(int threads, Task task, void* argument) {
       return;
     }
   }
-  task(argument, Team{0, 1, nullptr});
+  task(argument);
 }
 
 void* scratch(int slot, size_t bytes) {
@@ -164,7 +157,7 @@ void* scratch(int slot, size_t bytes) {
     size_t bytes = 0;
     ~Buffer() { std::free(data); }
   };
-  thread_local Buffer buffers[4];
+  thread_local Buffer buffers[5];
   Buffer& buffer = buffers[slot];
   if (buffer.bytes < bytes) {
     std::free(buffer.data);

@@ -5,24 +5,15 @@
 
 namespace shadowc {
 
-struct Pool;
+using Task = void (*)(void* argument);
 
-// The threads that run one task together.
-struct Team {
-  int rank;
-  int size;
-  Pool* pool;
-  void barrier() const;  // all ranks of the team must call it equally often
-};
-
-using Task = void (*)(void* argument, const Team& team);
-
-// Runs task on up to `threads` threads, the caller being rank 0, and returns when all are done.
-// When another thread is using the pool the task runs on the caller alone.
+// Runs task on up to `threads` threads at once, the caller among them, and returns when all that
+// began are done. A task takes pieces of work until none is left: a thread that comes late, as the
+// system gave its core to others, is not waited for. When another thread is using the pool the task
+// runs on the caller alone.
 void run(int threads, Task task, void* argument);
 
-// Threads of another runtime that a call came from. They may run the ranks of a team one after the
-// other, so these must not wait for one another.
+// Threads of another runtime that a call came from.
 struct Host {
   virtual void run(int ranks, void (*rank)(void* job, size_t rank), void* job) const = 0;
 };
@@ -32,7 +23,6 @@ struct Lent {
   explicit Lent(const Host& host);
   ~Lent();
 };
-bool is_lent();
 
 // A 64-byte aligned buffer of the calling thread, kept until the thread asks for a bigger one in
 // the same slot. Contents are undefined.

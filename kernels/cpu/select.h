@@ -85,11 +85,8 @@ void select(const Select& p) {
   uint32_t* keys = (uint32_t*)scratch(0, 3 * L * N * sizeof(uint32_t));
   uint32_t *rest = keys + L * N, *room = rest + L * N;
   Threshold* own = (Threshold*)scratch(1, L * sizeof(Threshold));
-  const int threads = L * N < 1 << 13 ? 1 : (int)smaller((int64_t)p.threads, L);
-  const auto over_layers = [&](const auto& body) {
-    Counter next;
-    in_team(threads, [&](const Team&) { for_tasks(&next, L, body); });
-  };
+  const int threads = L * N < 1 << 13 ? 1 : p.threads;
+  const auto over_layers = [&](const auto& body) { in_team(threads, L, body); };
 
   for (int64_t b = 0; b < p.B; ++b) {
     over_layers([&](int64_t l) {
@@ -129,9 +126,7 @@ void select(const Select& p) {
 // Kept units from the front on, the others from the back: no branch, and one pass.
 void select_above(const SelectAbove& p) {
   const int64_t rows = p.B * p.L, N = p.N;
-  const int threads = rows * N < 1 << 13 ? 1 : (int)smaller((int64_t)p.threads, rows);
-  Counter next;
-  const auto one_row = [&](int64_t row) {
+  in_team(rows * N < 1 << 13 ? 1 : p.threads, rows, [&](int64_t row) {
     const int64_t b = row / p.L, l = row % p.L;
     const float* scores = p.scores + row * N;
     const uint32_t least = key_of(p.threshold[l]);
@@ -144,6 +139,5 @@ void select_above(const SelectAbove& p) {
       back -= 1 - kept;
     }
     p.count[l * p.B + b] = (int32_t)front;
-  };
-  in_team(threads, [&](const Team&) { for_tasks(&next, rows, one_row); });
+  });
 }

@@ -48,7 +48,7 @@ from shadowc.targets import ANY_BATCH, ON_CPU
 from shadowc.versions import versions
 
 #: The ops that choose units.
-_SELECTIONS = ("select", "select_above", "choose_above")
+_SELECTIONS = ("select", "select_above", "choose_above", "choose_into")
 
 #: Tokens that a variant decodes before the next one has its turn.
 TURN = 8

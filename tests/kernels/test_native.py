@@ -80,6 +80,18 @@ def test_concurrent_callers():
     assert not wrong
 
 
+def test_more_threads_than_cores():
+    """Most come late, and join a job that ends or the next one."""
+    x, weight = torch.randn(1, 256), torch.randn(1024, 256)
+    want, threads = torch.ops.shadowc.linear(x, weight, None), torch.get_num_threads()
+    try:
+        torch.set_num_threads(12)
+        for _ in range(2000):
+            assert torch.equal(torch.ops.shadowc.linear(x, weight, None), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_fields_of_a_call_are_checked():
     with pytest.raises(Exception, match="expected"):
         native.function("rms_norm", "3P 2q f")(0, 0)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import shadowc.kernels.choose_above
+import shadowc.kernels.choose_into
 import shadowc.kernels.compact
 import shadowc.kernels.decode_attention
 import shadowc.kernels.linear
@@ -49,6 +50,15 @@ def calls() -> dict[str, tuple[object, ...]]:
         "choose_above": (
             torch.randn(2, 1, 16), [tall, square], [wide, bias], [torch.zeros(1), torch.zeros(4)],
             True,
+        ),
+        "choose_into": (
+            torch.randn(2, 1, 16), square, bias, [tall, square], [wide, bias],
+            [torch.zeros(1), torch.zeros(4)],
+            [
+                torch.zeros(size, dtype=torch.int32)
+                for size in ((2, 2, 32), (2, 2), (4, 2, 4), (4, 2))
+            ],
+            [1, 0],
         ),
         "compact": (torch.rand(2, 8) < 0.5,),
         "scale": (x, bias),
