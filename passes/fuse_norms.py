@@ -26,6 +26,7 @@ from shadowc.passes.fuse_sparse_attention import unpack
 _ = (norm_linear, norm_mlp, norm_qkv, rms_norm, scale, scaled_out_proj)
 aten, ops = torch.ops.aten, torch.ops.shadowc
 
+_ROWS = 64  # of a weight are widened at a time: they stay in the cache
 _NORMS = {aten.layer_norm.default: "layer", ops.rms_norm.default: "rms"}
 
 
@@ -166,16 +167,17 @@ def _constants(
     dtype: torch.dtype,
 ) -> tuple[fx.Node, fx.Node]:
     """Gain and shift of a projection that follows a layer norm."""
-    rows = _value(module, weight).to(dtype).float()
-
-    def times(vector: fx.Node) -> Tensor:
-        return torch.mv(rows, _value(module, vector).to(rows.device, dtype).float())
-
-    shift = torch.zeros(len(rows), device=rows.device) if beta is None else times(beta)
+    matrix = _value(module, weight)
+    vectors = [_value(module, vector).to(dtype).float() for vector in (gamma, beta) if vector]
+    gain, shift = torch.zeros(2, len(matrix), device=matrix.device)
+    for begin in range(0, len(matrix), _ROWS):
+        rows = matrix[begin : begin + _ROWS].to(dtype).float()
+        for product, vector in zip((gain, shift), vectors, strict=False):
+            torch.mv(rows, vector, out=product[begin : begin + _ROWS])
     if bias is not None:
-        shift = shift + _value(module, bias).to(dtype).float()
+        shift += _value(module, bias).to(dtype).float()
     made = []
-    for name, value in (("gain", times(gamma)), ("shift", shift)):
+    for name, value in (("gain", gain), ("shift", shift)):
         target = f"{weight.target}_{name}".replace(".", "_")
         module.register_buffer(target, value)
         made.append(module.graph.get_attr(target))
