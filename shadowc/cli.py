@@ -347,7 +347,7 @@ def compile_(
         from shadowc.artifact import MANIFEST
         from shadowc.calibration.store import load_calibration
         from shadowc.directory import check_target
-        from shadowc.models import slug
+        from shadowc.models import load_model, slug
         from shadowc.selection import default_selection
 
         targets.load_target(target, lazy_kv=lazy_kv)
@@ -366,7 +366,7 @@ def compile_(
             if refresh is None:
                 policy = replace(policy, refresh=chosen.refresh)
         name = model or (chosen.model["name"] if chosen else "")
-        loaded = _load_to_compile(name, dtype) if most is not None else None
+        loaded = load_model(name) if most is not None else None
         if chosen is not None and loaded is not None and most is not None:
             policy = _within(loaded, chosen, policy, most, target)
         elif chosen is not None and budget == "bytes":
@@ -379,7 +379,7 @@ def compile_(
             parts += [policy.selection] * (selection is not None and not dense)
             output = ARTIFACTS / "-".join([*parts, *["lazy"] * lazy_kv, target])
         check_target(output, marker=MANIFEST, error=ArtifactError)
-        loaded = loaded or _load_to_compile(name, dtype)
+        loaded = loaded or load_model(name, dtype=_loaded_type(name, dtype))
         stored = _stored_type(loaded.source, dtype)
     with _compiling(name) as progress:
         artifact = compiler.compile_model(
@@ -514,14 +514,14 @@ def _newest_calibration() -> Path:
     return found[-1].parent
 
 
-def _load_to_compile(name: str, dtype: str) -> LoadedModel:
-    """A model that stays in its files; one of random weights, which has none, as it is stored."""
+def _loaded_type(name: str, dtype: str) -> torch.dtype | None:
+    """That of the files, which stay where they are; random weights have none: as stored."""
     import torch
 
-    from shadowc.models import load_model
-
-    made = getattr(torch, DTYPES.get(dtype, "bfloat16")) if name.startswith("random:") else None
-    return load_model(name, dtype=made)
+    if not name.startswith("random:"):
+        return None
+    chosen: torch.dtype = getattr(torch, DTYPES.get(dtype, "bfloat16"))
+    return chosen
 
 
 def _stored_type(source: ModelSource, dtype: str) -> torch.dtype:
