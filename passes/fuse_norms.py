@@ -26,15 +26,19 @@ from shadowc.passes.fuse_sparse_attention import unpack
 _ = (norm_linear, norm_mlp, norm_qkv, rms_norm, scale, scaled_out_proj)
 aten, ops = torch.ops.aten, torch.ops.shadowc
 
+_ROWS = 64  # of a weight are widened at a time: they stay in the cache
 _NORMS = {aten.layer_norm.default: "layer", ops.rms_norm.default: "rms"}
 
 
-def fuse_norms(module: fx.GraphModule, *, dtype: torch.dtype) -> bool:
+def fuse_norms(
+    module: fx.GraphModule, *, dtype: torch.dtype, known: dict[str, Tensor] | None = None
+) -> bool:
     """Fold every norm into the projections around it.
 
     Args:
         module: A graph whose attention and MLP blocks are fused.
         dtype: Type in which matrices will be stored.
+        known: Gains and shifts by name, of other graphs of the model; new ones are added.
 
     Returns:
         Whether anything changed.
@@ -42,12 +46,13 @@ def fuse_norms(module: fx.GraphModule, *, dtype: torch.dtype) -> bool:
     Raises:
         PassError: If a norm does not stand where a decoder layer has its norms.
     """
+    known = {} if known is None else known
     norms = [n for n in module.graph.nodes if n.target in _NORMS]
     if "rows" not in module.meta:
         raise PassError("fuse_norms needs the fuse passes before it")
     for norm in norms:
         for user in list(norm.users):
-            _consume(module, norm, user, dtype)
+            _consume(module, norm, user, dtype, known)
         x, (scaled, stats) = norm.args[0], norm.meta["made"]
         _produce(module, x, _norm_of(norm)[1], scaled, stats)
     for norm in norms:
@@ -67,7 +72,13 @@ def _norm_of(norm: fx.Node) -> tuple[str, fx.Node, fx.Node | None, float]:
     return kind, gamma, beta, eps
 
 
-def _consume(module: fx.GraphModule, norm: fx.Node, user: fx.Node, dtype: torch.dtype) -> None:
+def _consume(
+    module: fx.GraphModule,
+    norm: fx.Node,
+    user: fx.Node,
+    dtype: torch.dtype,
+    known: dict[str, Tensor],
+) -> None:
     """Replace a projection of norm(x) by one of (scaled, stats), which `_produce` will make."""
     graph, (kind, gamma, beta, eps) = module.graph, _norm_of(norm)
     if "made" not in norm.meta:
@@ -80,7 +91,13 @@ def _consume(module: fx.GraphModule, norm: fx.Node, user: fx.Node, dtype: torch.
     def constants(weight: fx.Node, bias: fx.Node | None) -> tuple[fx.Node | None, ...]:
         if kind == "rms":
             return weight, None, bias
-        return (weight, *_constants(module, weight, bias, gamma, beta, dtype))
+        named = [f"{weight.target}_{end}".replace(".", "_") for end in ("gain", "shift")]
+        if named[0] not in known:
+            made = _constants(module, weight, bias, gamma, beta, dtype)
+            known.update(zip(named, made, strict=True))
+        for name in named:
+            module.register_buffer(name, known[name])
+        return weight, *(graph.get_attr(name) for name in named)
 
     with graph.inserting_before(user):
         if user.target is ops.sparse_qkv.default:
@@ -164,22 +181,20 @@ def _constants(
     gamma: fx.Node,
     beta: fx.Node | None,
     dtype: torch.dtype,
-) -> tuple[fx.Node, fx.Node]:
+) -> tuple[Tensor, Tensor]:
     """Gain and shift of a projection that follows a layer norm."""
-    rows = _value(module, weight).to(dtype).float()
-
-    def times(vector: fx.Node) -> Tensor:
-        return torch.mv(rows, _value(module, vector).to(rows.device, dtype).float())
-
-    shift = torch.zeros(len(rows), device=rows.device) if beta is None else times(beta)
+    matrix = _value(module, weight)
+    vectors = [
+        _value(module, vector).to(dtype).float() for vector in (gamma, beta) if vector is not None
+    ]
+    gain, shift = torch.zeros(2, len(matrix), device=matrix.device)
+    for begin in range(0, len(matrix), _ROWS):
+        rows = matrix[begin : begin + _ROWS].to(dtype).float()
+        for product, vector in zip((gain, shift), vectors, strict=False):
+            torch.mv(rows, vector, out=product[begin : begin + _ROWS])
     if bias is not None:
-        shift = shift + _value(module, bias).to(dtype).float()
-    made = []
-    for name, value in (("gain", times(gamma)), ("shift", shift)):
-        target = f"{weight.target}_{name}".replace(".", "_")
-        module.register_buffer(target, value)
-        made.append(module.graph.get_attr(target))
-    return made[0], made[1]
+        shift += _value(module, bias).to(dtype).float()
+    return gain, shift
 
 
 def _value(module: fx.GraphModule, node: fx.Node) -> Tensor:

@@ -7,6 +7,8 @@ contiguous
     embedding(weight)          -> to(embedding(weight), compute)
     any other use of a weight  -> to(weight, compute), except by shadowc ops, which take it as it is
 
+Nothing is copied here: what is packed says how a tensor is made, for whoever writes or runs it.
+
 All programs of an artifact share one `Packed` store: the lowered ones lay it out, the masked one
 reads a second projection back as the transpose of what they stored.
 """
@@ -19,9 +21,10 @@ import torch
 from torch import Tensor, fx
 
 from shadowc.errors import PassError
+from shadowc.stored import Stored
 
 aten = torch.ops.aten
-Packed = dict[str, Tensor]
+Packed = dict[str, Stored]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Types:
 
 
 def pack_weights(module: fx.GraphModule, *, types: Types, packed: Packed) -> bool:
-    """Bind a graph to packed tensors.
+    """Bind a graph to packed tensors, by name: a program runs with them, the module does not.
 
     Args:
         module: Any of an artifact's graphs; the lowered ones first.
@@ -73,19 +76,19 @@ def _pack(module: fx.GraphModule, node: fx.Node, types: Types, packed: Packed) -
         vector = types.vectors if isinstance(parameter, torch.nn.Parameter) else torch.float32
         stored = types.matrices if matrix else vector
     if all(user.target is aten.t.default for user in users):
-        packed.setdefault(turned, value.t().to(stored).contiguous())
+        packed.setdefault(turned, Stored(value, stored, turned=True))
         for user in users:
             for copy in list(user.users):
                 copy.replace_all_uses_with(node)
-        _rebind(module, node, turned, packed[turned])
+        _rebind(module, node, turned, value)
         return
     if turned in packed:
-        _rebind(module, node, turned, packed[turned])
+        _rebind(module, node, turned, value)
         with graph.inserting_before(node.next):
             read = graph.call_function(aten.t.default, (node,))
     else:
-        packed.setdefault(name, value.to(stored).contiguous())
-        _rebind(module, node, name, packed[name])
+        packed.setdefault(name, Stored(value, stored))
+        _rebind(module, node, name, value)
         read = node
     if stored in (torch.float32, types.compute) or not value.is_floating_point():
         _use(users, node, read)
@@ -98,10 +101,10 @@ def _pack(module: fx.GraphModule, node: fx.Node, types: Types, packed: Packed) -
         lookup.replace_all_uses_with(wide, delete_user_cb=lambda user, wide=wide: user is not wide)
     others = [u for u in users if u not in plain and u not in lookups]
     _use(plain + lookups, node, read)
-    if others:
-        with graph.inserting_before(read.next):
+    for user in others:  # cast where it is used: one weight is wide at a time
+        with graph.inserting_before(user):
             wide = graph.call_function(aten.to.dtype, (read, types.compute))
-        _use(others, node, wide)
+        user.replace_input_with(node, wide)
 
 
 def _multiplies(user: fx.Node) -> bool:
@@ -124,6 +127,7 @@ def _attribute(module: fx.GraphModule, name: str) -> Tensor:
 
 
 def _rebind(module: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> None:
+    """Give a node another attribute; `value` only stands there, with the old layout and type."""
     owner, _, leaf = name.rpartition(".")
     home = module.get_submodule(owner)
     if hasattr(home, leaf):

@@ -2,7 +2,7 @@
 
     manifest.json               schema, model, policy, target, versions, sha256 + size of every file
     config.json, tokenizer ...         Hugging Face files of the model
-    model.safetensors                  packed weights, once
+    model*.safetensors                 packed weights, once; above a size in shards with an index
     predictor.safetensors              predictor, mean scores, and keep sets that never change
     programs/*.json                    what the target runs
     kernels/sm_NN/*                    compiled kernels (CUDA targets)
@@ -20,17 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import safetensors.torch
-from safetensors import safe_open
 from torch import Tensor
 
-from shadowc.directory import atomic_directory, sha256
+from shadowc import stored
+from shadowc.directory import atomic_directory, check_space, sha256
 from shadowc.errors import ArtifactError
+from shadowc.stored import MAX_SHARD_SIZE, Stored
 
 SCHEMA = 1
 MANIFEST, REPORT = "manifest.json", "report.json"
-WEIGHTS, PREDICTOR = "model.safetensors", "predictor.safetensors"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 PREDICTOR_PREFIXES = ("predictor.", "keep.", "scores.")
+_REST = 16 << 20
+"""Bytes left for what has no size before it is written: tokenizer, kernels, report."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,17 @@ class Artifact:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, memory-mapped: one copy, shared with the page cache."""
-        found: dict[str, Tensor] = {}
-        for name in (WEIGHTS, PREDICTOR):
-            if (self.path / name).exists():
-                with safe_open(self.path / name, framework="pt") as file:
-                    found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return found
+        names = (name for name in self.manifest["files"] if name.endswith(".safetensors"))
+        return stored.load(self.path / name for name in names)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the files of the weights, without the predictor's."""
+        files = self.manifest["files"].items()
+        shards = (
+            f["bytes"] for name, f in files if PurePosixPath(name).match("model*.safetensors")
+        )
+        return int(sum(shards))
 
     def programs(self) -> dict[str, dict[str, Any]]:
         """The programs' JSON by name."""
@@ -71,13 +79,15 @@ def write_artifact(
     target: Path,
     *,
     manifest: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Stored],
     programs: Mapping[str, Mapping[str, Any]],
     report: Mapping[str, Any],
     pretrained: Any,
     more: Callable[[Path], None] = lambda directory: None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    progress: Callable[[int, int], object] = lambda written, total: None,
 ) -> Artifact:
-    """Write an artifact, whole or not at all.
+    """Write an artifact, whole or not at all, with one tensor in memory at a time.
 
     Args:
         target: Where; an artifact already there is replaced.
@@ -88,36 +98,48 @@ def write_artifact(
         pretrained: Objects with `save_pretrained`: the model's config, its generation config,
             tokenizer.
         more: Writes what the target needs besides, and checks what is there.
+        max_shard_size: Most bytes of weights in a file.
+        progress: Called with the bytes of tensors that are written, and with those of all.
 
     Returns:
         The artifact.
 
     Raises:
-        ArtifactError: If it cannot be written.
+        ArtifactError: If it cannot be written, or will not fit on the disk.
     """
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    texts = {name: json.dumps(program) for name, program in programs.items()}
+    needed = total + sum(map(len, texts.values())) + _REST
+    check_space(target, needed, error=ArtifactError)
+    written = 0
+
+    def advance(size: int) -> None:
+        nonlocal written
+        written += size
+        progress(written, total)
+
     with atomic_directory(target, marker=MANIFEST, error=ArtifactError) as new:
         try:
             for item in pretrained:
                 item.save_pretrained(new)
-            small = {k: v for k, v in tensors.items() if k.startswith(PREDICTOR_PREFIXES)}
-            large = {k: v for k, v in tensors.items() if k not in small}
-            safetensors.torch.save_file(large, new / WEIGHTS, metadata={"format": "pt"})
-            if small:
-                safetensors.torch.save_file(small, new / PREDICTOR, metadata={"format": "pt"})
         except Exception as error:
             if "os error" not in str(error):
                 raise
-            raise OSError(str(error)) from error  # safetensors and tokenizers hide it in their own
+            raise OSError(str(error)) from error  # tokenizers hides it in its own
+        small = {k: v for k, v in tensors.items() if k.startswith(PREDICTOR_PREFIXES)}
+        large = {k: v for k, v in tensors.items() if k not in small}
+        hashes = stored.save(new, "model", large, max_shard_size=max_shard_size, advance=advance)
+        hashes |= stored.save(new, "predictor", small, advance=advance)
         (new / "programs").mkdir()
-        for name, program in programs.items():
-            (new / "programs" / f"{name}.json").write_text(json.dumps(program))
+        for name, text in texts.items():
+            (new / "programs" / f"{name}.json").write_text(text)
         more(new)
         (new / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        files = {
-            path.relative_to(new).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(new.rglob("*"))
-            if path.is_file()
-        }
+        files = {}
+        for path in sorted(path for path in new.rglob("*") if path.is_file()):
+            name = path.relative_to(new).as_posix()
+            digest = hashes.get(name) or sha256(path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": digest}
         full = {"schema": SCHEMA, **manifest, "files": files}
         (new / MANIFEST).write_text(json.dumps(full, indent=2) + "\n")
     return Artifact(target, full)
@@ -165,13 +187,23 @@ def open_artifact(path: str | Path) -> Artifact:
         raise _damaged(root / MANIFEST, "a list of files", type(files).__name__)
     for name, entry in files.items():
         _check_file(root, name, entry)
-    needed = {WEIGHTS, REPORT, "config.json"} - set(files)
+    needed = {REPORT, "config.json", *_weight_files(root, files)} - set(files)
     if needed:
         raise _damaged(root / MANIFEST, f"an entry for {sorted(needed)[0]}", "none")
     for path_ in sorted((root / "programs").glob("*.json")):
         if f"programs/{path_.name}" not in files:
             raise _damaged(path_, "a file that the manifest lists", "one that it does not")
     return Artifact(root, manifest)
+
+
+def _weight_files(root: Path, files: Mapping[str, Any]) -> set[str]:
+    """Names of the files that must hold weights."""
+    if INDEX not in files:
+        return {WEIGHTS}
+    try:
+        return set(json.loads((root / INDEX).read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(root / INDEX, "an index of shards", error) from error
 
 
 def _check_file(root: Path, name: str, entry: Any) -> None:

@@ -351,6 +351,9 @@ def compile_(
     model: Annotated[
         str | None, typer.Option(help="The model, where the calibration's name no longer finds it.")
     ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Most bytes of weights in a file, such as 5GB or 500MB.")
+    ] = "5GB",
     dump: Annotated[Path | None, typer.Option(help="Write the graph after each pass.")] = None,
     output: Output = None,
     as_json: AsJson = False,
@@ -374,6 +377,7 @@ def compile_(
     _choice("predictor", predictor or "static", ("static",))
     _choice("selection", selection or "topk", config.SELECTIONS)
     batches = _batch_sizes(batch_sizes)
+    shard = _bytes("--max-shard-size", max_shard_size)
     with _busy("loading"):
         from shadowc import budget as budgets
         from shadowc import compiler, targets
@@ -412,9 +416,9 @@ def compile_(
             parts += [policy.selection] * (selection is not None and not dense)
             output = ARTIFACTS / "-".join([*parts, *["lazy"] * lazy_kv, target])
         check_target(output, marker=MANIFEST, error=ArtifactError)
-        loaded = loaded or load_model(name)
+        loaded = loaded or load_model(name, dtype=_loaded_type(name, dtype))
         stored = _stored_type(loaded.source, dtype)
-    with _busy(f"compiling {name}"):
+    with _compiling(name) as progress:
         artifact = compiler.compile_model(
             loaded,
             None if dense else chosen,
@@ -428,6 +432,8 @@ def compile_(
             dense_from_batch=dense_from_batch,
             extra={"budget": {"kind": budget, "sparsity": sparsity, "max_ppl_increase": most}},
             dump=dump,
+            max_shard_size=shard,
+            progress=progress,
         )
     return {"output": str(output), "target": target, **artifact.report()["compile"]}
 
@@ -440,6 +446,19 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
             expected="numbers from 1 to 16, such as 1,2,4,8",
         )
     return found
+
+
+def _bytes(option: str, text: str) -> int:
+    """`5GB` as a number."""
+    units = {"": 1, "B": 1} | {f"{unit}B": 1000**i for i, unit in enumerate("KMGT", start=1)}
+    units |= {f"{unit}IB": 1024**i for i, unit in enumerate("KMGT", start=1)}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Z]*)", text.strip().upper(), re.ASCII)
+    size = int(float(found[1]) * units.get(found[2], 0)) if found else 0
+    if size < 1:
+        raise OptionError(
+            f"{option} is not a size", expected="such as 5GB, 500MB or 2GiB", got=repr(text)
+        )
+    return size
 
 
 def _policy(
@@ -530,6 +549,16 @@ def _newest_calibration() -> Path:
             fix="run: shadowc calibrate MODEL; or name the directory of one",
         )
     return found[-1].parent
+
+
+def _loaded_type(name: str, dtype: str) -> torch.dtype | None:
+    """That of the files, which stay where they are; random weights have none: as stored."""
+    import torch
+
+    if not name.startswith("random:"):
+        return None
+    chosen: torch.dtype = getattr(torch, DTYPES.get(dtype, "bfloat16"))
+    return chosen
 
 
 def _stored_type(source: ModelSource, dtype: str) -> torch.dtype:
@@ -1063,6 +1092,33 @@ def _busy(doing: str) -> contextlib.AbstractContextManager[object]:
         return err.status(doing)
     err.print(f"{doing} ...")
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _compiling(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A spinner, then a bar of the bytes that are written; lines where there is no terminal."""
+    from rich import progress as bars
+
+    began = said = time.monotonic()
+    columns = (bars.SpinnerColumn(), bars.TextColumn("{task.description}"), bars.BarColumn(),
+               bars.DownloadColumn(), bars.TransferSpeedColumn(),
+               bars.TimeRemainingColumn())  # fmt: skip
+    bar = bars.Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    task = bar.add_task(f"compiling {name}", total=None)
+
+    def show(done: int, total: int) -> None:
+        nonlocal said
+        now, whole = time.monotonic(), done == total
+        bar.update(task, description="checking" if whole else "writing", completed=done,
+                   total=total)  # fmt: skip
+        if not err.is_terminal and (whole or now - said > 5):
+            said = now
+            err.print(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB written, {now - began:.0f} s")
+
+    with bar:
+        if not err.is_terminal:
+            err.print(f"compiling {name} ...")
+        yield show
 
 
 def _progress() -> Any:

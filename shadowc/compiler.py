@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from shadowc import artifact as artifacts
-from shadowc import targets
+from shadowc import stored, targets
 from shadowc.calibration.predictor import Predictor
 from shadowc.calibration.store import Calibration
 from shadowc.config import Policy, Tap
@@ -25,9 +25,11 @@ from shadowc.passes.insert_predictor import StaticScores, export_masks, insert_p
 from shadowc.passes.manager import Pass, copy_module, run_passes
 from shadowc.passes.mask_attention import mask_attention
 from shadowc.passes.mask_mlp import mask_mlp
+from shadowc.passes.pack_weights import Packed
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
 from shadowc.selection import Selection, TopK, selections
+from shadowc.stored import MAX_SHARD_SIZE, Stored
 from shadowc.trace import trace
 from shadowc.versions import versions
 
@@ -49,8 +51,14 @@ def compile_model(
     dense_from_batch: int | None = None,
     extra: dict[str, Any] | None = None,
     dump: Path | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    progress: Callable[[int, int], object] = lambda written, total: None,
 ) -> artifacts.Artifact:
     """Compile a model: trace -> masked dialect -> target's programs -> artifact, checked.
+
+    Weights are packed while they are written, one at a time, and the check runs from what was
+    written. So a model whose parameters are mapped from its files (`load_model(..., dtype=None)`)
+    is never in memory as a whole.
 
     Args:
         loaded: The model, in fp32 or the type of its checkpoint.
@@ -66,6 +74,8 @@ def compile_model(
             measured for the target.
         extra: More entries for the manifest.
         dump: Directory for the graphs after every pass.
+        max_shard_size: Most bytes of weights in a file.
+        progress: Called with the bytes of tensors that are written, and with those of all.
 
     Returns:
         The artifact, whose programs agree with the model (checked on text).
@@ -74,7 +84,7 @@ def compile_model(
         OptionError: If keys and values cannot wait with that target or policy.
         CalibrationError: If the calibration belongs to another model.
         NumericsError: If a lowered program does not agree with what it was made from.
-        ArtifactError: If the artifact cannot be written.
+        ArtifactError: If the artifact cannot be written, or will not fit on the disk.
     """
     began = time.perf_counter()
     backend = targets.load_target(target, lazy_kv=lazy_kv)
@@ -102,19 +112,21 @@ def compile_model(
 
     traced = trace(loaded.model).module(check_guards=False)
     built = build_programs(traced, loaded, calibration, policy, backend, dtype, dump, lazy_kv)
-    session = Session(
-        loaded.shape,
-        policy,
-        built.programs,
-        built.packed,
-        built.keep,
-        max_seq_len or loaded.shape.max_positions,
-        predictor_bytes=built.predictor_bytes,
-    )
+    length = max_seq_len or loaded.shape.max_positions
     report: dict[str, Any] = {}
 
     def finish(directory: Path) -> None:
         """Write what the target adds, and check what was written."""
+        written = stored.load(sorted(directory.glob("*.safetensors")))
+        session = Session(
+            loaded.shape,
+            policy,
+            built.programs,
+            written,
+            built.keep,
+            length,
+            predictor_bytes=built.predictor_bytes,
+        )
         backend.save(session, batch_sizes, directory)
         checking = backend.check_session(session, directory)
         checked = check_numerics(checking, loaded, backend.tolerances(dtype))
@@ -128,7 +140,7 @@ def compile_model(
         "policy": policy.to_json(),
         "target": target,
         "dtype": str(dtype).removeprefix("torch."),
-        "max_seq_len": session.max_seq_len,
+        "max_seq_len": length,
         "batch_sizes": list(batch_sizes),
         "lazy_kv": lazy_kv,
         **(batch_policy if sparse else {}),
@@ -139,11 +151,14 @@ def compile_model(
     return artifacts.write_artifact(
         output,
         manifest=manifest,
-        tensors=built.packed | {f"keep.{name}": value for name, value in built.keep.items()},
+        tensors=built.stored
+        | {f"keep.{name}": Stored.of(value) for name, value in built.keep.items()},
         programs={name: program.to_json() for name, program in built.programs.items()},
         report=report,
         pretrained=(loaded.model.config, loaded.model.generation_config, loaded.tokenizer),
         more=finish,
+        max_shard_size=max_shard_size,
+        progress=progress,
     )
 
 
@@ -152,9 +167,14 @@ class Built:
     """What lowering gave: programs, the tensors they share, and keep sets that never change."""
 
     programs: dict[str, Program]
-    packed: dict[str, Tensor]
+    stored: Packed
     keep: dict[str, Tensor]
     predictor_bytes: float
+
+    @cached_property
+    def packed(self) -> dict[str, Tensor]:
+        """The tensors, in memory: for a session of what is not written."""
+        return {name: tensor.make() for name, tensor in self.stored.items()}
 
 
 def build_programs(
@@ -220,8 +240,8 @@ def build_programs(
         dump=dump,
     )
     if sparse and calibration is not None:  # what `static` would rank by, for evaluation
-        packed["scores.heads"] = calibration.mean_head_scores
-        packed["scores.neurons"] = calibration.mean_neuron_scores
+        packed["scores.heads"] = Stored.of(calibration.mean_head_scores)
+        packed["scores.neurons"] = Stored.of(calibration.mean_neuron_scores)
     read = 0.0
     if "decode" in programs:
         names = set(programs["decode"].weights)

@@ -80,13 +80,37 @@ def check_target(target: Path, *, marker: str, error: type[ShadowcError] = Shado
             expected=f"a new directory, or one with {marker} to replace",
             fix="choose another place with --output",
         )
-    parent = next(path for path in target.absolute().parents if path.exists())
+    parent = _parent(target)
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise error(
             f"cannot write {target}",
             expected=f"a directory at {parent} that you may write to",
             fix="choose another place with --output",
         )
+
+
+def check_space(target: Path, size: int, *, error: type[ShadowcError] = ShadowcError) -> None:
+    """Raise unless so many bytes are free where `target` shall be.
+
+    Args:
+        target: Where something shall be written; what it replaces goes only when that is done.
+        size: Bytes.
+        error: What to raise.
+    """
+    parent = _parent(target)
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        raise error(
+            f"{target} does not fit on the disk",
+            expected=f"{size:,} bytes ({size / 1e9:.3g} GB)",
+            got=f"{free:,} ({free / 1e9:.3g} GB) free in {parent}",
+            fix="free some space or choose another place with --output",
+        )
+
+
+def _parent(target: Path) -> Path:
+    """The directory that there is above a path."""
+    return next(path for path in target.absolute().parents if path.exists())
 
 
 def _replaceable(target: Path, marker: str) -> bool:

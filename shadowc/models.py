@@ -125,13 +125,18 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+    name: str,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> LoadedModel:
     """Load a model by alias, hub id, directory, .gguf file or `random:` name.
 
     Args:
         name: See the module's docstring.
-        dtype: Dtype of the parameters in memory.
+        dtype: Dtype of the parameters in memory. None is that of the files, where parameters are
+            mapped and take no memory; fp32 where files have several, or none that torch maps.
         seed: Seed of `random:` weights; other models ignore it.
         device: Where the weights go, one by one: `cpu`, `cuda:0` and so on; `auto`: layers are
             dealt out to all GPUs, as transformers does with that device map.
@@ -140,11 +145,12 @@ def load_model(
         ModelError: The model cannot be found or read.
         UnsupportedModelError: It is of an architecture that shadowc does not rewrite.
     """
+    whole = dtype or torch.float32
     with _quiet():
         if name.startswith("random:"):
-            return _load_random(name, dtype, device, seed)
+            return _load_random(name, whole, device, seed)
         if name == _SMOLLM2:
-            return _load_gguf(name, _smollm2_file(), dtype, device)
+            return _load_gguf(name, _smollm2_file(), whole, device)
         if name == _BUNDLED:
             return _load_directory(name, _bundled_directory(), dtype, device)
         if name in _HUB_IDS:
@@ -153,7 +159,7 @@ def load_model(
         if path.is_dir():
             return _load_directory(name, path, dtype, device)
         if path.suffix == ".gguf" and path.is_file():
-            return _load_gguf(name, path, dtype, device)
+            return _load_gguf(name, path, whole, device)
         if path.exists():
             raise ModelError(
                 f"{name} is not a model", expected="a directory or a .gguf file", got="another file"
@@ -226,7 +232,7 @@ def slug(name: str) -> str:
 def _load_directory(
     name: str,
     path: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: str,
     kind: str = "directory",
     revision: str | None = None,
@@ -240,7 +246,7 @@ def _load_directory(
         model, info = FAMILIES[shape.architecture][1].from_pretrained(
             str(path),
             config=config,
-            dtype=dtype,
+            dtype=dtype or _type_of(files),
             device_map=_device_map(device),
             attn_implementation="sdpa",
             use_safetensors=True,
@@ -320,6 +326,16 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
+def _type_of(files: list[Path]) -> torch.dtype:
+    """The one type of all tensors in safetensors files, or fp32, which holds what they hold."""
+    found = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    halves = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return halves.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+
+
 def _convert(name: str) -> str:
     """What to run to turn a pickled checkpoint into one that shadowc reads."""
     new = f"{slug(name)}-safetensors"
@@ -358,7 +374,7 @@ def _bundled_directory() -> Path:
 # Hugging Face hub --------------------------------------------------------------------------------
 
 
-def _load_hub(name: str, repo: str, dtype: torch.dtype, device: str) -> LoadedModel:
+def _load_hub(name: str, repo: str, dtype: torch.dtype | None, device: str) -> LoadedModel:
     """Load a hub model from the local cache, or download it if it is not there whole."""
     from huggingface_hub import snapshot_download
 
@@ -548,13 +564,16 @@ def _load_random(name: str, dtype: torch.dtype, device: str, seed: int) -> Loade
 def _random_tensor(key: str, shape: torch.Size, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """Uniform with a standard deviation of 0.02; ones for norms, zeros for biases.
 
-    Drawn as 16-bit integers, which is twice as fast as `Tensor.uniform_`.
+    Made in fp32 and rounded once, so that another type gives the same model. Drawn as 16-bit
+    integers, which is twice as fast as `Tensor.uniform_`.
     """
     if len(shape) < 2:
         return torch.full(shape, 0.0 if key.endswith("bias") else 1.0, dtype=dtype)
+    made = torch.empty(shape, dtype=dtype)  # first, so that what is freed leaves no hole behind
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(key.encode())]))
     integers = generator.integers(-(2**15), 2**15, size=tuple(shape), dtype=np.int16)
-    return torch.from_numpy(integers).to(dtype).mul_(0.02 * 3**0.5 / 2**15)
+    wide = torch.from_numpy(integers).to(torch.float32)
+    return made.copy_(wide.mul_(0.02 * 3**0.5 / 2**15))
 
 
 def known_config(alias: str) -> PreTrainedConfig:

@@ -12,9 +12,10 @@ from shadowc.errors import OptionError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, fx
+    from torch import fx
 
     from shadowc.config import Policy
+    from shadowc.passes.pack_weights import Packed
     from shadowc.runtime.program import Program
     from shadowc.runtime.session import Session
 
@@ -94,7 +95,7 @@ class Target(Protocol):
         dtype: torch.dtype,
         lazy: bool = False,
         dump: Path | None = None,
-    ) -> tuple[dict[str, Program], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Program], Packed]:
         """Lower every program that an artifact of this target runs.
 
         Args:

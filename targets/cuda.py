@@ -83,6 +83,7 @@ class CudaTarget:
         unit, the dense baseline that reads weights as fast as the sparse programs do.
         """
         packed: Packed = {}
+        known: dict[str, Tensor] = {}
         programs: dict[str, Program] = {}
 
         def add(
@@ -104,7 +105,9 @@ class CudaTarget:
                 fuse_rms_norm,
                 fuse_sparse_attention,  # before the MLP: both fold the residual add that follows
                 partial(fuse_sparse_mlp, skip_zeros=skip_zeros),
-                partial(fuse_norms, dtype=dtype),  # after both: it joins what they made
+                partial(
+                    fuse_norms, dtype=dtype, known=known
+                ),  # after both: it joins what they made
                 partial(compact_masks, policy=policy, hold=hold),
                 fuse_choice,  # keep sets first: it fuses what made them
                 lower_linear,

@@ -93,6 +93,14 @@ class Tiny:
             self.built[key] = Tiny(self.loaded, self.traced, calibration)
         return self.built[key]
 
+    @staticmethod
+    def bind(module, packed):
+        """A packed module that runs: with the tensors that a program finds under its names."""
+        for node in module.graph.find_nodes(op="get_attr"):
+            owner, _, leaf = node.target.rpartition(".")
+            module.get_submodule(owner).register_buffer(leaf, packed[node.target].make())
+        return module
+
     def session(self, policy: Policy, *, dtype=torch.float32, calibration=None) -> Session:
         """The lowered programs, as an artifact would hold them (built once a policy)."""
         key = (policy, dtype, id(calibration))

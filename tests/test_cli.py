@@ -524,10 +524,10 @@ def test_an_output_that_cannot_be_written(invoke, calibration, tmp_path):
     assert nothing_written(tmp_path, {"file", "mine"})
 
 
-def _small_files():
+def _small_files(limit=1 << 12):
     """What a full disk does to a write: the limit's signal is ignored, so that write fails."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, 1 << 12))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 @pytest.mark.parametrize("name", ["calibrate", "compile"])
@@ -538,6 +538,47 @@ def test_a_full_disk(name, small_model, tmp_path):
     done = shadowc(*arguments, "--output", "out", cwd=tmp_path, preexec_fn=_small_files)
     refused((done.returncode, done.stdout, done.stderr), "out", "space")
     assert nothing_written(tmp_path)
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_shard(tmp_path):
+    limit = 8_000_000  # more than the tokenizer needs, less than the second shard
+    arguments = ["compile", "--model", MODEL, "--sparsity", 0, "--max-shard-size", "10MB"]
+    done = shadowc(*arguments, "--output", "out", cwd=tmp_path, preexec_fn=lambda:
+                   _small_files(limit))  # fmt: skip
+    refused((done.returncode, done.stdout, done.stderr), "out", "space", "File too large")
+    assert "written" in done.stderr or "compiling" in done.stderr
+    assert nothing_written(tmp_path)
+
+
+def test_a_disk_that_is_too_small(invoke, tmp_path, monkeypatch):
+    """It is refused before anything is written, with the sizes."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 20 << 20))
+    compiling = ("compile", "--model", MODEL, "--sparsity", 0, "--json")
+    refused(invoke(*compiling), "does not fit on the disk", "(0.0475 GB)", "20,971,520", "--output")
+    assert nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["0", "-1GB", "5 apples", "", "GB"])
+def test_a_shard_size_that_is_none(size, invoke):
+    refused(invoke("compile", "--max-shard-size", size), "--max-shard-size", "5GB")
+
+
+def test_shard_sizes():
+    sizes = {"5GB": 5 * 10**9, "500 mb": 5 * 10**8, "2GiB": 2**31, "1.5KB": 1500, "70": 70}
+    assert {text: cli._bytes("--max-shard-size", text) for text in sizes} == sizes
+
+
+def test_compile_writes_shards(work, invoke, artifact, calibration, tmp_path):
+    """With lines of progress on stderr, and the weights of the artifact in one file."""
+    sharded = (*COMPILE, calibration, "--max-shard-size", "10MB", "--output", "out", "--json")
+    code, out, err = invoke(*sharded)
+    assert code == 0 and json.loads(out)["output"] == "out", err
+    assert re.search(r"^(0\.0\d) of \1 GB written, \d+ s$", err, re.MULTILINE)
+    assert len(list((tmp_path / "out").glob("model-0000?-of-0000?.safetensors"))) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    whole, shards = open_artifact(artifact).tensors(), open_artifact(tmp_path / "out").tensors()
+    assert whole.keys() == shards.keys() >= index["weight_map"].keys()
+    assert all(whole[name].equal(value) for name, value in shards.items())
 
 
 def _heed_ctrl_c():

@@ -65,6 +65,30 @@ def test_bundled_model_from_any_directory(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="mappings are read from /proc")
+def test_the_type_of_the_files_takes_no_memory() -> None:
+    def mapped(path: Path) -> list[range]:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        ends = [line.split()[0].split("-") for line in lines if line.endswith(str(path))]
+        return [range(int(first, 16), int(last, 16)) for first, last in ends]
+
+    loaded = load_model("opt-books-15m", dtype=None)
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float16}
+    places = mapped(BUNDLED / "model.safetensors")
+    for name, parameter in loaded.model.named_parameters():
+        assert any(parameter.data_ptr() in place for place in places), name
+
+
+def test_files_of_several_types_are_loaded_in_the_one_that_holds_them(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    norms = {name for name in tensors if "norm" in name}
+    mixed = {k: v if k in norms else v.bfloat16() for k, v in tensors.items()}
+    save_file(mixed, copy / "model.safetensors", metadata={"format": "pt"})
+    loaded = load_model(str(copy), dtype=None)
+    for name, parameter in loaded.model.named_parameters():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, mixed[name].float())
+
+
 def test_bundled_model_missing_from_a_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "__file__", "/nowhere/site-packages/shadowc/models.py")
     with pytest.raises(ModelError, match=r"(?s)not installed.*not part of the wheel.*clone"):

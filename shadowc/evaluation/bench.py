@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, fx
 
 from shadowc import native
-from shadowc.artifact import WEIGHTS, Artifact
+from shadowc.artifact import Artifact
 from shadowc.errors import LengthError, ModelError, OptionError, ShadowcError
 from shadowc.evaluation.baselines import dejavu_counts, dejavu_session, static_session
 from shadowc.evaluation.sources import held_out, original
@@ -508,7 +508,7 @@ def _check_room(what: str, size: int, session: Session) -> None:
 def _original(artifact: Artifact, session: Session, dtype: str) -> Any:
     """The original model where the session is."""
     wanted, stored = getattr(torch, dtype), getattr(torch, artifact.manifest["dtype"])
-    size = artifact.manifest["files"][WEIGHTS]["bytes"] * wanted.itemsize // stored.itemsize
+    size = artifact.weight_bytes * wanted.itemsize // stored.itemsize
     _check_room("the original model", size, session)
     return original(artifact, wanted).model.to(session.device)
 

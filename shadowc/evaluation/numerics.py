@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shadowc.config import ModelShape
 from shadowc.errors import NumericsError
@@ -48,13 +50,12 @@ def check_numerics(session: Session, loaded: LoadedModel, tolerances: Tolerances
     tokens = ids.shape[1]
     prompt = min(PROMPT_TOKENS, tokens - 1)
 
-    original = loaded.model(input_ids=ids).logits.float()
+    with in_float32(loaded.model):
+        original = loaded.model(input_ids=ids).logits
     scale = float(original.abs().max())
     dense = session.step(ids, session.new_cache(1, tokens), program="dense")["logits"].cpu()
     dense_error = float((dense[:, -1] - original[:, -1]).abs().max())
-    rounded = loaded.model.dtype != torch.float32 or any(
-        _was_rounded(session, name, value) for name, value in _matrices(loaded)
-    )
+    rounded = any(_was_rounded(session, name, value) for name, value in _matrices(loaded))
     allowed = tolerances.original if rounded else tolerances.decode
     _check("dense", "original model", dense_error, allowed, scale)
 
@@ -94,6 +95,40 @@ def check_numerics(session: Session, loaded: LoadedModel, tolerances: Tolerances
         **greedy,
         **usage.to_json(),
     }
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Let a model of half-precision weights compute in fp32, with the weights of one layer widened.
+
+    Args:
+        model: Embeddings, and modules whose only half-precision tensors are their own parameters.
+    """
+    narrow: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+
+    def widen(module: nn.Module, *_: object) -> None:
+        narrow[module] = dict(module._parameters)
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = nn.Parameter(value.float(), requires_grad=False)
+
+    def restore(module: nn.Module, *_: object) -> None:
+        module._parameters.update(narrow.pop(module))
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            hooks.append(module.register_forward_hook(lambda _, __, rows: rows.float()))
+        elif module._parameters:
+            hooks.append(module.register_forward_pre_hook(widen))
+            hooks.append(module.register_forward_hook(restore))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in list(narrow):
+            restore(module)
 
 
 def mask_tolerance(session: Session, tolerances: Tolerances) -> float:
@@ -206,6 +241,8 @@ def _was_rounded(session: Session, name: str, value: Tensor) -> bool:
         if stored is None:
             return False
         stored = stored.t()
+    if torch.promote_types(stored.dtype, value.dtype) == stored.dtype:
+        return False
     return not torch.equal(stored.to("cpu", value.dtype), value)
 
 

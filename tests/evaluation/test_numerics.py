@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 
 from shadowc.config import Policy
 from shadowc.errors import NumericsError
@@ -33,3 +36,24 @@ def test_other_units_are_refused(tiny, monkeypatch):
     monkeypatch.setattr(numerics, "masks_of", other)
     with pytest.raises(NumericsError, match="selects other units"):
         numerics.check_numerics(session, tiny.loaded, tolerances)
+
+
+def test_half_precision_weights_compute_in_float32(tiny):
+    """As a model in fp32 with the same weights, to the last bit; and then as before."""
+    half = copy.deepcopy(tiny.loaded.model).to(torch.bfloat16)
+    wide, ids = copy.deepcopy(half).float(), tiny.ids()
+    before = half(ids).logits
+    with numerics.in_float32(half):
+        found = half(ids).logits
+    assert torch.equal(found, wide(ids).logits) and not torch.equal(found, before.float())
+    assert torch.equal(half(ids).logits, before)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_weights_are_restored_after_an_error(tiny_opt):
+    half = copy.deepcopy(tiny_opt.loaded.model).to(torch.bfloat16)
+    with pytest.raises(IndexError), numerics.in_float32(half):
+        half(torch.tensor([[10**6]]))
+    with pytest.raises(RuntimeError), numerics.in_float32(half):
+        half.lm_head(torch.zeros(1, 3))  # after its weight is widened
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}

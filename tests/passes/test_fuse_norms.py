@@ -111,7 +111,7 @@ def test_half_precision_agrees_with_the_model(tiny, dtype):
     pack = partial(pack_weights, types=Types(dtype, vectors=dtype), packed=packed)
     module = fused(tiny.graph("find_blocks"), lower_linear, pack, dtype=dtype)
     ids = tiny.ids(tokens=4)
-    logits, _ = decode(tiny, module, ids)
+    logits, _ = decode(tiny, tiny.bind(module, packed), ids)
     want = tiny.loaded.model(ids).logits
     # Rounding of weights and of each layer's activations: a unit in the last place of a few.
     share = {torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]

@@ -244,7 +244,7 @@ def test_pack_weights_computes_in_half_precision(tiny, dtype):
     weights = module.graph.find_nodes(op="get_attr")
     casts = [n for n in module.graph.find_nodes(op="call_function", target=aten.to.dtype)]
     assert not [n for n in casts if n.args[0] in weights and n.args[1] == dtype]
-    logits = module(*state(tiny, ids), *caches(tiny, 2))[0]
+    logits = tiny.bind(module, packed)(*state(tiny, ids), *caches(tiny, 2))[0]
     expected = tiny.loaded.model(ids).logits[:, -1:]
     assert logits.dtype == dtype
     assert (logits.float() - expected).abs().max() <= SHARES[dtype] * expected.abs().max()
@@ -265,13 +265,15 @@ def test_pack_weights_stores_once_what_all_programs_share(tiny, dtype):
     for name, value in packed.items():
         assert name.removesuffix("_t") not in packed or not name.endswith("_t")
         assert value.dtype == (dtype if name in own else torch.float32), name
-        assert value.is_contiguous(), name
+        assert value.make().is_contiguous(), name
     total = sum(p.numel() for p in tiny.loaded.model.parameters())
-    assert sum(packed[name].numel() for name in own) == total
+    assert sum(packed[name].shape.numel() for name in own) == total
     # Attention's output projections stay as they are, as `scaled_out_proj` wants them.
     assert len([name for name in own if name.endswith("_t")]) == 3
     for module in (half, masked):  # read back as the transpose of what is stored
         assert count(module, aten.t.default) == 3
+    for module in (step, half, masked):
+        tiny.bind(module, packed)
 
     ids = tiny.ids(tokens=1)
     lowered = step(*state(tiny, ids), *caches(tiny, 2))[0]
@@ -293,16 +295,18 @@ def test_pack_weights(tiny, dtype):
     turned = [name for name in packed if name.endswith("_t")]
     assert len(turned) == 6  # out and second projection of each layer
     for name, value in packed.items():
-        assert value.is_contiguous()
-        matrix = value.dim() > 1
+        assert value.make().is_contiguous()
+        matrix = len(value.shape) > 1
         assert value.dtype == (dtype if matrix else torch.float32), name
     total = sum(p.numel() for p in tiny.loaded.model.parameters())
-    buffers = sum(v.numel() for n, v in packed.items() if "inv_freq" in n)
-    assert sum(v.numel() for v in packed.values()) - buffers == total  # each weight once
+    buffers = sum(v.shape.numel() for n, v in packed.items() if "inv_freq" in n)
+    assert sum(v.shape.numel() for v in packed.values()) - buffers == total  # each weight once
 
     masked = run_passes(
         tiny.graph("find_blocks"), (partial(pack_weights, types=Types(dtype), packed=packed),)
     )
     ids = tiny.ids()
+    for each in (module, masked):
+        tiny.bind(each, packed)
     lowered = module(*state(tiny, ids), *caches(tiny, 2))[0]
     torch.testing.assert_close(lowered, masked(*tiny.inputs(ids))[0][:, -1:], atol=1e-3, rtol=1e-3)
