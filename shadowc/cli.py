@@ -229,7 +229,7 @@ def calibrate(
         raise typer.Exit(launch(nproc, sys.argv[1:]))
     with _busy(f"loading {model}"):
         from shadowc.calibration.data import calibration_examples
-        from shadowc.calibration.fit import FitOptions, unfinished
+        from shadowc.calibration.fit import FitOptions, forget
         from shadowc.calibration.fit import calibrate as fit
         from shadowc.calibration.progress import peak_memory, showing
         from shadowc.calibration.store import JSON_FILE, save_calibration
@@ -244,6 +244,12 @@ def calibrate(
         target = output or CALIBRATIONS / "-".join([slug(model), criterion, *kind])
         check_target(target, marker=JSON_FILE, error=CalibrationError)
         place = _device(device, local)
+        if place == "auto" and processes > 1:
+            raise OptionError(
+                "--device all deals one model out to all GPUs: there is none left for others",
+                expected="either --device all or several processes",
+                got=f"{processes} processes",
+            )
         if dtype == "auto":
             dtype = "fp32" if place == "cpu" else "bf16"
         _choice("dtype", dtype, tuple(DTYPES))
@@ -259,8 +265,7 @@ def calibrate(
         )  # fmt: skip
         if not rank:
             save_calibration(calibration, target)
-            for path in unfinished(state):
-                path.unlink(missing_ok=True)
+            forget(state)
     return {
         "output": str(target),
         "examples": calibration.examples,

@@ -241,12 +241,13 @@ def _load_directory(
     config = _read_config(path)
     shape = model_shape(config)
     files = _weight_files(path)
+    stored = _type_of(files)
     tokenizer = _read_tokenizer(path)
     with _wrapped_errors(path):
         model, info = FAMILIES[shape.architecture][1].from_pretrained(
             str(path),
             config=config,
-            dtype=dtype or _type_of(files),
+            dtype=dtype or stored,
             device_map=_device_map(device),
             attn_implementation="sdpa",
             use_safetensors=True,
@@ -304,6 +305,10 @@ def _weight_files(path: Path) -> list[Path]:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
             raise ModelError(f"{index} cannot be read", expected="a weight_map") from error
+        if outside := [shard for shard in shards if Path(str(shard)).name != shard]:
+            raise ModelError(
+                f"{index} names a file outside of {path}", expected="names", got=outside[0]
+            )
         files = [path / shard for shard in sorted(shards)]
     else:
         files = [path / "model.safetensors"]
@@ -313,8 +318,12 @@ def _weight_files(path: Path) -> list[Path]:
             raise ModelError(
                 f"{path} has no {file.name}",
                 expected="weights in safetensors",
-                got="pickle files only, which shadowc never reads" if pickled else "no weights",
-                fix=_convert(str(path)) if pickled else None,
+                got="pickle files only, which shadowc never reads"
+                if pickled
+                else "an index that names it"
+                if index.is_file()
+                else "no weights",
+                fix=_convert(str(path)) if pickled else "fetch the checkpoint again",
             )
         try:
             with safe_open(file, framework="pt"):
@@ -327,11 +336,24 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _type_of(files: list[Path]) -> torch.dtype:
-    """The one type of all tensors in safetensors files, or fp32, which holds what they hold."""
+    """The one type of all tensors in safetensors files, or fp32, which holds what they hold.
+
+    Raises:
+        ModelError: If weights are of a type that holds no such numbers.
+    """
     found = set()
     for path in files:
         with safe_open(path, framework="pt") as file:
-            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            for key in file.keys():  # noqa: SIM118
+                dtype = file.get_slice(key).get_dtype()
+                if dtype not in ("F64", "F32", "F16", "BF16") and key.endswith("weight"):
+                    raise ModelError(
+                        f"{path} holds {key} in another type",
+                        expected="weights in fp32, bf16 or fp16",
+                        got=dtype,
+                        fix="use the checkpoint that was quantised",
+                    )
+                found.add(dtype)
     halves = {"BF16": torch.bfloat16, "F16": torch.float16}
     return halves.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 

@@ -23,6 +23,7 @@ _CHUNK = 1 << 24
 #: Names of types in a header; a file's tensors lie in this order, then in that of their names.
 _TYPES = {
     torch.int64: "I64",
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.int32: "I32",
     torch.bfloat16: "BF16",
@@ -105,16 +106,21 @@ def save(
         text = json.dumps(index, indent=2, sort_keys=True)
         (directory / f"{name}.safetensors.index.json").write_text(text + "\n")
     return {
-        file: _save_file(directory / file, {key: tensors[key] for key in keys}, advance)
+        file: save_file(directory / file, {key: tensors[key] for key in keys}, advance=advance)
         for file, keys in split.filename_to_tensors.items()
     }
 
 
-def _save_file(path: Path, tensors: Mapping[str, Stored], advance: Callable[[int], object]) -> str:
+def save_file(
+    path: Path,
+    tensors: Mapping[str, Stored],
+    metadata: Mapping[str, str] | None = None,
+    advance: Callable[[int], object] = lambda size: None,
+) -> str:
     """Write one file; returns its SHA-256."""
     rank = {dtype: place for place, dtype in enumerate(_TYPES)}
     names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
     end = 0
     for name in names:
         begin, end = end, end + tensors[name].nbytes

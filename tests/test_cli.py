@@ -17,6 +17,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from shadowc import cli
@@ -707,10 +708,10 @@ def test_a_calibration_goes_on_only_as_it_began(invoke, small_model, monkeypatch
     options = ("calibrate", small_model, "--examples", 24, "--seq-len", 64, "--output", "c")
     run = Collector.run
 
-    def interrupted(collector, group):
+    def interrupted(collector, group, seed):
         if Path(".c.unfinished").exists():
             raise CalibrationError("stopped")
-        return run(collector, group)
+        return run(collector, group, seed)
 
     with monkeypatch.context() as patch:
         patch.setattr(Collector, "run", interrupted)
@@ -721,3 +722,126 @@ def test_a_calibration_goes_on_only_as_it_began(invoke, small_model, monkeypatch
     code, _, err = invoke(*options)
     assert code == 0 and "going on with the calibration" in err, err
     assert Path("c").exists() and not Path(".c.unfinished").exists()
+
+
+def _edit(directory, change):
+    """Rewrite a checkpoint's tensors."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def _nan(directory):
+    def change(tensors):
+        tensors["model.decoder.layers.1.fc1.weight"][2, 3] = float("nan")
+
+    _edit(directory, change)
+
+
+def _integers(directory):
+    def change(tensors):
+        name = "model.decoder.layers.0.fc1.weight"
+        tensors[name] = (tensors[name] * 100).to(torch.int8)
+
+    _edit(directory, change)
+
+
+def _lost_shard(directory):
+    model = OPTForCausalLM.from_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    model.save_pretrained(directory, max_shard_size="200KB")
+    next(iter(sorted(directory.glob("model-*.safetensors")))).unlink()
+
+
+def _outside(directory):
+    index = {"weight_map": {"model.decoder.embed_tokens.weight": "../model.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _small_vocabulary(directory):
+    def change(tensors):
+        for name in ("model.decoder.embed_tokens.weight", "lm_head.weight"):
+            if name in tensors:
+                tensors[name] = tensors[name][:100].clone()
+
+    _edit(directory, change)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_lost_shard, ("model-00001-of-", "an index that names it")),
+        (_outside, ("names a file outside", "../model.safetensors")),
+        (_integers, ("model.decoder.layers.0.fc1.weight", "I8", "fp32, bf16 or fp16")),
+        (_nan, ("model.decoder.layers.1.fc1.weight", "NaN")),
+        (_small_vocabulary, ("tokenizer", "does not belong", "8192")),
+    ],
+)
+def test_calibrate_refuses_a_damaged_checkpoint(invoke, small_model, tmp_path, damage, words):
+    directory = tmp_path / "damaged"
+    shutil.copytree(small_model, directory)
+    damage(directory)
+    arguments = ("calibrate", directory, "--examples", "4", "--seq-len", "16")
+    refused(invoke(*arguments), *words)
+    assert nothing_written(tmp_path, kept=("damaged",))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("empty.txt", "", ("holds no text",)),
+        ("blank.jsonl", '{"text": ""}\n{"text": " "}\n', ("holds no text",)),
+        ("short.txt", "a few words", ("too short to calibrate on", "--seq-len")),
+        ("broken.jsonl", '{"text": "all is well"}\n{"text": \n', ("broken.jsonl", "line 2")),
+    ],
+)
+def test_calibrate_refuses_text_that_holds_nothing(
+    invoke, small_model, tmp_path, name, text, words
+):
+    (tmp_path / name).write_text(text)
+    arguments = ("calibrate", small_model, "--data", name, "--examples", "4", "--seq-len", "16")
+    refused(invoke(*arguments), *words)
+    assert nothing_written(tmp_path, kept=(name,))
+
+
+def test_questions_that_are_too_long_are_left_out(invoke, small_model, tmp_path):
+    """The rest is enough, or the message says how many there are."""
+    long = " ".join(["word"] * 80)
+    rows = [
+        {"goal": long if i % 2 else "To sit", "sol1": "a chair", "sol2": "a sea", "label": 0}
+        for i in range(16)
+    ]
+    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("calibrate", small_model, "--data", "piqa:piqa.jsonl", "--seq-len", "32")
+    code, _, err = invoke(*arguments, "--examples", "4")
+    assert code == 0, err
+    refused(invoke(*arguments, "--examples", "12", "--output", "more"), "at most 32 tokens")
+
+
+def test_memory_that_does_not_suffice_is_tried_smaller(small_model, tmp_path):
+    """A batch of 2,000 sequences needs more than the process may have; one of fewer does not."""
+    code = (
+        "import resource, sys\n"
+        "from shadowc.models import load_model\n"
+        "from shadowc.calibration.data import Example\n"
+        "from shadowc.calibration import batches, fit\n"
+        "loaded = load_model(sys.argv[1])\n"
+        "ids = [[5 + (i * j) % 900 for j in range(32)] for i in range(2300)]\n"
+        "rows = [Example(row, [True] * 32) for row in ids]\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "limit = used + int(sys.argv[2])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "tried, smaller = [], batches.Plan.smaller\n"
+        "batches.Plan.smaller = lambda *a: tried.append(a[0].tokens) or smaller(*a)\n"
+        "(found,) = fit.calibrate(loaded, rows, fit.FitOptions(rank=4, batch_tokens=1 << 16))\n"
+        "print(found.examples, tried)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(small_model), str(900 << 20)],
+        capture_output=True, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2300 [65536")

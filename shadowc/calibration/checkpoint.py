@@ -14,19 +14,24 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shadowc.directory import check_fingerprint
 from shadowc.errors import CalibrationError
+from shadowc.stored import Stored, save_file
 
 #: Batches between two states that are written, at least; more where writing takes long: it may take
 #: this share of the time.
 EVERY = 16
 SHARE = 0.05
 _BYTES_A_SECOND = 1e9  # as long as it was not measured
+
+
+def temporary(path: Path) -> Path:
+    """The file that is written before it takes the place of a state."""
+    return path.with_name(f"{path.name}.tmp")
 
 
 class Checkpoint:
@@ -91,7 +96,7 @@ class Checkpoint:
         self.written()
         self._batches, self._saved = 0, time.monotonic()
         whole = {
-            f"{part}/{name}": value.detach().to("cpu", copy=True).contiguous()
+            f"{part}/{name}": Stored.of(value.detach().to("cpu", copy=True).contiguous())
             for part, state in states.items()
             for name, value in state.items()
         }
@@ -115,17 +120,17 @@ class Checkpoint:
                 fix="free some space or choose another place with --output",
             ) from self._failed
 
-    def _write(self, done: int, whole: dict[str, Tensor]) -> None:
+    def _write(self, done: int, whole: dict[str, Stored]) -> None:
         header = json.dumps({"about": self.about, "done": done})
-        new = self.path.with_name(f"{self.path.name}.tmp")
+        new = temporary(self.path)
         start = time.monotonic()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(whole, new, {"calibration": header})
+            save_file(new, whole, {"calibration": header})
             with new.open("rb") as file:
                 os.fsync(file.fileno())
             new.replace(self.path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             new.unlink(missing_ok=True)
             self._failed = error
             return

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shadowc.calibration.batches import Group, Plan, counting, groups, plan, split
-from shadowc.calibration.checkpoint import Checkpoint
+from shadowc.calibration.checkpoint import Checkpoint, temporary
 from shadowc.calibration.collect import Collector
 from shadowc.calibration.criteria import find_criterion
 from shadowc.calibration.data import Example
@@ -207,8 +207,7 @@ def calibrate(
         data: Name of the data, to be recorded.
         progress: Is told how far it is.
         checkpoint: File that keeps the state of the pass, so that the same call goes on after an
-            interrupt, with the very same result; the caller removes it once that is stored
-            (`unfinished`).
+            interrupt, with the very same result; to be removed (`forget`) once that is stored.
         fresh: Start over, whatever `checkpoint` holds.
         ranks: The processes that share the work; all of them get the result. It is that of one
             process but for the order in which floating-point numbers are added.
@@ -235,8 +234,7 @@ def calibrate(
         checkpoint, ranks or Ranks(), progress or Progress(),
     )  # fmt: skip
     if fresh and checkpoint is not None and not work.ranks.rank:
-        for path in unfinished(checkpoint):
-            path.unlink(missing_ok=True)
+        forget(checkpoint)
     shape, device = loaded.shape, loaded.model.device
     chosen: Plan | None = plan(
         shape, loaded.model.dtype, device, _bytes_of_sums(work), options.batch_tokens
@@ -267,6 +265,13 @@ def calibrate(
 def unfinished(checkpoint: Path) -> tuple[Path, Path]:
     """The files of an unfinished calibration: of the training pass and of the held-out one."""
     return checkpoint, checkpoint.with_name(f"{checkpoint.name}.measured")
+
+
+def forget(checkpoint: Path) -> None:
+    """Remove the state of a calibration, and what a kill left of it."""
+    for path in unfinished(checkpoint):
+        for one in (path, temporary(path)):
+            one.unlink(missing_ok=True)
 
 
 class _Stage:

@@ -398,6 +398,21 @@ def test_an_interrupt_goes_through_and_leaves_no_hook(tiny, monkeypatch):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
+def test_memory_that_never_suffices_names_the_knobs(tiny_opt, monkeypatch):
+    tried = []
+
+    def full(collector, group, seed):
+        tried.append((collector.keep, len(group)))
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Collector, "run", full)
+    options = dataclasses.replace(QUICK, batch_tokens=64)
+    with pytest.raises(CalibrationError, match="--batch-tokens or --seq-len"):
+        calibrate(tiny_opt.loaded, examples(tiny_opt), options)
+    # Graphs go first, then examples, to the last one.
+    assert tried == [(3, 4), (0, 4), (0, 2), (0, 1)]
+
+
 def test_progress_is_on_stderr_and_only_when_asked(tiny, capsys):
     options = dataclasses.replace(QUICK, predictor="static")
     calibrate(tiny.loaded, examples(tiny), options)
