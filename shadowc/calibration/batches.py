@@ -12,8 +12,8 @@ from shadowc.config import ModelShape
 from shadowc.errors import DataError
 
 _HELD_OUT_EVERY = 8
-_CPU_TOKENS = 1024
-_GPU_TOKENS = 4096  # more tokens make no product of matrices faster
+_TOKENS = 4096  # more make no product of matrices faster
+_CPU_BYTES = 2 << 30  # for a batch; whatever is free, so that a machine always gives the same
 _SPARE = 0.85  # of the free memory: the allocator needs some for itself
 
 
@@ -103,12 +103,13 @@ def plan(
         sums: Bytes that will be taken besides.
         tokens: Asked for; None: to be found.
     """
-    if device.type == "cpu":
-        return Plan(tokens or _CPU_TOKENS, shape.layers)
     kept, working = _bytes_a_token(shape, dtype.itemsize)
+    if device.type == "cpu":
+        fits = _CPU_BYTES // (working + shape.layers * kept)
+        return Plan(tokens or min(_TOKENS, 1 << max(0, fits.bit_length() - 1)), shape.layers)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = int((torch.cuda.mem_get_info(device)[0] + unused) * _SPARE) - sums
-    most = tokens or _GPU_TOKENS
+    most = tokens or _TOKENS
     for smaller in dict.fromkeys((most, tokens or most // 2)):
         if free > smaller * (working + shape.layers * kept):
             return Plan(smaller, shape.layers)

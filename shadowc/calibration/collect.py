@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from shadowc.calibration.criteria import Units, WeightGradient
 from shadowc.calibration.data import Example
+from shadowc.calibration.products import OneDnn
 from shadowc.config import ModelShape
 from shadowc.errors import CalibrationError, UnsupportedModelError
 
@@ -185,12 +186,16 @@ class Collector:
 
         handles = [tap.register_forward_pre_hook(stop) for tap in self.taps.values()]
         try:
-            with torch.no_grad(), suppress(_Reached):
+            with torch.no_grad(), suppress(_Reached), self._linear():
                 self.model(input_ids=ids, attention_mask=attention, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
         return seen, _counting(scored)
+
+    def _linear(self) -> AbstractContextManager[object]:
+        """Faster products, which cannot be differentiated twice."""
+        return nullcontext() if "curvature" in self.needs else OneDnn()
 
     def device(self, layer: int) -> torch.device:
         """Where a layer's values are."""
@@ -280,12 +285,13 @@ class Collector:
 
     def _through(self, layer: int, x: Tensor, common: dict[str, Any], *, graph: bool) -> _Passed:
         """Run one layer."""
-        with torch.set_grad_enabled(graph), self._reading(layer) as seen:
+        with torch.set_grad_enabled(graph), self._linear(), self._reading(layer) as seen:
             return _Passed(x, self.layers[layer](x, **common), *seen)
 
     def _losses(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Cross-entropy of each next token, fp32 [B, T - 1], of what leaves the last layer."""
-        logits = self.head(self.norm(hidden))[:, :-1].float().flatten(0, 1)
+        with self._linear():
+            logits = self.head(self.norm(hidden))[:, :-1].float().flatten(0, 1)
         following = ids[:, 1:].to(logits.device)
         losses = nn.functional.cross_entropy(logits, following.flatten(), reduction="none")
         return losses.view(following.shape)
