@@ -840,7 +840,7 @@ def test_memory_that_does_not_suffice_is_tried_smaller(small_model, tmp_path):
         "print(found.examples, tried)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(small_model), str(900 << 20)],
+        [sys.executable, "-c", code, str(small_model), str(300 << 20)],
         capture_output=True, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

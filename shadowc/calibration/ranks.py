@@ -110,6 +110,8 @@ def joined() -> Iterator[Ranks]:
         who = f" of process {rank}" if rank else ""
         if isinstance(error, ShadowcError):
             print(f"error{who}: {error}", file=sys.stderr)
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            print(f"process {rank} ends: another one does not answer", file=sys.stderr)
         else:
             print(f"error{who}: {traceback.format_exc()}", file=sys.stderr)
         sys.stderr.flush()
@@ -121,7 +123,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     """Run `shadowc` with these arguments as so many processes, as `torchrun` does.
 
     Returns:
-        The exit code: 0, or that of the process that failed first.
+        The exit code: 0, or that of a process that failed by itself.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -141,5 +143,6 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "shadowc", *arguments)
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
+        # Those that end because another did have 1, or the negative number of a signal.
+        return max(1, *(failure.exitcode for failure in error.failures.values()))
     return 0
