@@ -1077,9 +1077,9 @@ def _device(name: str, local: int) -> str:
     if index >= count:
         raise OptionError(
             f"there is no such GPU: {name}",
-            expected=f"one of the {count} that torch {torch.__version__} sees",
+            expected=f"a GPU that torch sees: {count} with torch {torch.__version__}",
             got=f"GPU {index}",
-            fix="--device cpu, or fewer --nproc" if not count or local else "another number",
+            fix="fewer --nproc" if local else "--device cpu, or another number",
         )
     return "auto" if name == "all" else f"cuda:{index}"
 

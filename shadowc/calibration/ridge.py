@@ -25,7 +25,8 @@ Layers are brought part of the way to one scale before they are ranked together
 Source: ridge regression, Hoerl and Kennard 1970; reduced-rank regression, Izenman 1975.
 
 Memory beside the model and one batch: 4 P U bytes a criterion for phi^T sqrt(S), with
-P = C + M and U = H (L-1) + F L: 43 MB for opt-books-15m, 2.0 GB for OPT-1.3B.
+P = C' + M, C' at most 1,024 (`fit.DIRECTIONS`), and U = H (L-1) + F L: 17 MB for opt-books-15m,
+0.8 GB for OPT-1.3B and 3.4 GB for OPT-13B, with the layerwise predictor's M of 0.
 """
 
 from __future__ import annotations
