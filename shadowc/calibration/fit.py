@@ -236,8 +236,9 @@ def calibrate(
     if fresh and checkpoint is not None and not work.ranks.rank:
         forget(checkpoint)
     shape, device = loaded.shape, loaded.model.device
-    chosen: Plan | None = plan(
-        shape, loaded.model.dtype, device, _bytes_of_sums(work), options.batch_tokens
+    # One plan for all processes: batches are dealt out by their numbers.
+    chosen: Plan | None = work.ranks.said(
+        plan(shape, loaded.model.dtype, device, _bytes_of_sums(work), options.batch_tokens)
     )
     longest = max(len(example.ids) for example in examples)
     while chosen is not None:
