@@ -51,7 +51,7 @@ from shadowc.models import FAMILIES, LoadedModel, ModelSource, known_config, mod
 from shadowc.passes.manager import copy_module
 from shadowc.runtime.cuda import CudaSession
 from shadowc.runtime.lazy import CATCH_UP, LAZY
-from shadowc.runtime.model import ShadowModel
+from shadowc.runtime.model import ShadowcForCausalLM
 from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
 from shadowc.targets import load_target
@@ -421,7 +421,7 @@ def measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, A
 def generate_ms(bench: Bench, session: CudaSession) -> float:
     """Milliseconds a token of `generate`, greedy, the prompt's time taken off."""
     ending = GenerationConfig(pad_token_id=1, eos_token_id=None)
-    model = ShadowModel(bench.config, ending, session, {}, None)
+    model = ShadowcForCausalLM(bench.config, ending, session, {}, None)
     return per_token(model.generate, session.shape.vocab)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from shadowc.auto import register_when_imported
+
 if TYPE_CHECKING:
     from shadowc.errors import ShadowcError
     from shadowc.runtime.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["ShadowcError", "__version__", "load"]
+
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:

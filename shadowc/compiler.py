@@ -26,6 +26,7 @@ from shadowc.passes.manager import Pass, copy_module, run_passes
 from shadowc.passes.mask_attention import mask_attention
 from shadowc.passes.mask_mlp import mask_mlp
 from shadowc.passes.pack_weights import Packed
+from shadowc.runtime.config import artifact_config
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
 from shadowc.selection import Selection, TopK, selections
@@ -133,6 +134,7 @@ def compile_model(
         checked["checked_on"] = device_name(checking)
         report["compile"] = checked | {"seconds": round(time.perf_counter() - began, 1)}
 
+    config = artifact_config(loaded.model.config, target, length)
     manifest = {
         "model": vars(loaded.source),
         "shape": loaded.shape.to_json(),
@@ -155,7 +157,7 @@ def compile_model(
         | {f"keep.{name}": Stored.of(value) for name, value in built.keep.items()},
         programs={name: program.to_json() for name, program in built.programs.items()},
         report=report,
-        pretrained=(loaded.model.config, loaded.model.generation_config, loaded.tokenizer),
+        pretrained=(config, loaded.model.generation_config, loaded.tokenizer),
         more=finish,
         max_shard_size=max_shard_size,
         progress=progress,

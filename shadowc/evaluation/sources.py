@@ -10,19 +10,19 @@ from shadowc.artifact import Artifact
 from shadowc.calibration.data import evaluation_documents, evaluation_windows
 from shadowc.errors import ModelError
 from shadowc.models import LoadedModel, ModelSource, load_model
-from shadowc.runtime.model import ShadowModel
+from shadowc.runtime.model import ShadowcForCausalLM
 
 _MOST_CHARACTERS = 16  # of a token: what is longer need not be tokenized to be cut
 
 
-def as_loaded(model: ShadowModel) -> LoadedModel:
+def as_loaded(model: ShadowcForCausalLM) -> LoadedModel:
     """An artifact in the form that `calibration.data` takes: it has all that text needs."""
     source = ModelSource(**model.manifest["model"])
     return LoadedModel(model, model.tokenizer, model.session.shape, source)
 
 
 def held_out(
-    model: ShadowModel, data: str, seq_len: int, tokens: int, stride: int | None = None
+    model: ShadowcForCausalLM, data: str, seq_len: int, tokens: int, stride: int | None = None
 ) -> list[list[int]]:
     """Windows of text to measure an artifact on.
 
@@ -48,7 +48,7 @@ def held_out(
 
 
 def documents(
-    model: ShadowModel, data: str, windows: Sequence[Sequence[int]], tokens: int
+    model: ShadowcForCausalLM, data: str, windows: Sequence[Sequence[int]], tokens: int
 ) -> list[str]:
     """Texts to measure an artifact on, whole but for the last, which is cut between two words.
 
@@ -75,7 +75,7 @@ def documents(
     return found
 
 
-def _calibrated_on(model: ShadowModel, data: str) -> str:
+def _calibrated_on(model: ShadowcForCausalLM, data: str) -> str:
     calibration = model.manifest["calibration"]
     return calibration["data"] if calibration else data
 

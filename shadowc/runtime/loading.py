@@ -15,12 +15,12 @@ from shadowc.runtime.session import Session
 from shadowc.targets import load_target
 
 if TYPE_CHECKING:
-    from shadowc.runtime.model import ShadowModel
+    from shadowc.runtime.model import ShadowcForCausalLM
 
 _KEEP = "keep."
 
 
-def load(path: str | Path, *, allow_jit: bool = False) -> ShadowModel:
+def load(path: str | Path, *, allow_jit: bool = False) -> ShadowcForCausalLM:
     """Load an artifact after checking its schema, sizes and hashes.
 
     Args:
@@ -36,7 +36,7 @@ def load(path: str | Path, *, allow_jit: bool = False) -> ShadowModel:
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from shadowc.runtime.model import ShadowModel
+    from shadowc.runtime.model import ShadowcForCausalLM
 
     artifact = open_artifact(path)
     session = load_session(artifact, allow_jit=allow_jit)
@@ -50,7 +50,7 @@ def load(path: str | Path, *, allow_jit: bool = False) -> ShadowModel:
             got=error,
             fix="compile the artifact again",
         ) from error
-    return ShadowModel(config, generation, session, artifact.manifest, tokenizer)
+    return ShadowcForCausalLM(config, generation, session, artifact.manifest, tokenizer)
 
 
 def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:

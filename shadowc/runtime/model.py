@@ -12,10 +12,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from shadowc.errors import LengthError, OptionError
 from shadowc.runtime.ahead import sample_ahead
 from shadowc.runtime.cache import KVCache
+from shadowc.runtime.config import ShadowcConfig
 from shadowc.runtime.session import Session
 
 
-class ShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A causal language model that runs an artifact's programs.
 
     Greedy search, sampling, beam search, streamers, stopping criteria and batches padded on the
@@ -28,6 +29,7 @@ class ShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         tokenizer: The model's tokenizer.
     """
 
+    config_class = ShadowcConfig
     main_input_name = "input_ids"
     _is_stateful = False
     _supports_sdpa = True  # whatever the config asks for: attention is in the programs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from shadowc.runtime.model import ShadowModel
+from shadowc.runtime.model import ShadowcForCausalLM
 
 
 class TimedStreamer(TextStreamer):  # type: ignore[misc]
@@ -37,7 +37,7 @@ class TimedStreamer(TextStreamer):  # type: ignore[misc]
 
 
 def generate(
-    model: ShadowModel,
+    model: ShadowcForCausalLM,
     prompt: str,
     *,
     max_new_tokens: int,

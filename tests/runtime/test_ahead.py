@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from shadowc.config import Policy
-from shadowc.runtime.model import ShadowModel
+from shadowc.runtime.model import ShadowcForCausalLM
 
 POLICY = Policy(0.5, 0.5, min_neurons=2)
 
@@ -29,7 +29,7 @@ def both(tiny, monkeypatch, ids, **options):
         session = tiny.session(POLICY)
         monkeypatch.setattr(session, "runs_ahead", ahead, raising=False)
         config = GenerationConfig(pad_token_id=1, eos_token_id=2)
-        model = ShadowModel(tiny.loaded.model.config, config, session, {}, None)
+        model = ShadowcForCausalLM(tiny.loaded.model.config, config, session, {}, None)
         streamer = Streamer() if len(ids) == 1 else None
         torch.manual_seed(0)
         found = model.generate(input_ids=ids, streamer=streamer, **options)
@@ -63,7 +63,7 @@ def test_a_stop_takes_the_step_back(tiny, monkeypatch):
     session = tiny.session(POLICY)
     monkeypatch.setattr(session, "runs_ahead", True, raising=False)
     config = GenerationConfig(pad_token_id=1, eos_token_id=None)
-    model = ShadowModel(tiny.loaded.model.config, config, session, {}, None)
+    model = ShadowcForCausalLM(tiny.loaded.model.config, config, session, {}, None)
     ids = tiny.ids(batch=1)
     free = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
     stop = int(free[0, 14])

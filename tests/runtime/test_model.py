@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from shadowc.config import Policy
 from shadowc.errors import LengthError, OptionError
-from shadowc.runtime.model import ShadowModel, padding
+from shadowc.runtime.model import ShadowcForCausalLM, padding
 
 TEXTS = ["It was", "The captain looked at her and", "She", "When the morning came, they all"]
 
@@ -22,7 +22,7 @@ def pair(request):
     config = GenerationConfig(bos_token_id=2, eos_token_id=2, pad_token_id=1)
     loaded.model.generation_config = config
     session = tiny.session(Policy(0.0, 0.0))
-    model = ShadowModel(loaded.model.config, config, session, {}, loaded.tokenizer)
+    model = ShadowcForCausalLM(loaded.model.config, config, session, {}, loaded.tokenizer)
     return model, loaded.model, loaded.tokenizer
 
 
@@ -127,7 +127,7 @@ def test_sparse_rows_of_a_padded_batch_are_independent(tiny, refresh):
     """A row of a padded batch generates what it generates alone, with its own masks."""
     session = tiny.session(Policy(0.4, 0.5, min_neurons=2, refresh=refresh))
     config = GenerationConfig(bos_token_id=2, eos_token_id=2, pad_token_id=1)
-    model = ShadowModel(tiny.loaded.model.config, config, session, {})
+    model = ShadowcForCausalLM(tiny.loaded.model.config, config, session, {})
     tokenizer = tiny.loaded.tokenizer
     batch = encode(tokenizer, TEXTS)
     together = model.generate(**batch, max_new_tokens=10, do_sample=False)[:, -10:]

@@ -34,7 +34,7 @@ from shadowc.evaluation.report import describe_artifact
 from shadowc.passes.manager import copy_module
 from shadowc.runtime.cuda import CudaSession
 from shadowc.runtime.loading import load_session
-from shadowc.runtime.model import ShadowModel
+from shadowc.runtime.model import ShadowcForCausalLM
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
@@ -613,7 +613,7 @@ def test_generate_inside_and_outside_inference_mode(tiny_opt, played):
     """Memory made inside is lent outside, and what is returned can be written to."""
     session = played(lowered(tiny_opt, "token", dtype=FULL))
     ending = GenerationConfig(pad_token_id=1, eos_token_id=None)
-    model = ShadowModel(tiny_opt.loaded.model.config, ending, session, {}, None)
+    model = ShadowcForCausalLM(tiny_opt.loaded.model.config, ending, session, {}, None)
     ids = tiny_opt.ids(batch=1, tokens=6)
     with torch.inference_mode():
         first = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
