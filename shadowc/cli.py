@@ -60,6 +60,17 @@ Data = Annotated[
     str, typer.Option(metavar="NAME|FILE", help="pydoc, self, a file, or a hub data set.")
 ]
 
+ProbeEvery = Annotated[
+    int | None,
+    typer.Option(
+        min=0, metavar="N", help="Probe every N-th request: what mattered, and was it kept?"
+    ),
+]
+ProbeAlarm = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Recall of the probes below which they warn."),
+]
+
 
 def main() -> None:
     """Entry point of the console script."""
@@ -599,6 +610,8 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: int = 0,
+    probe_every: ProbeEvery = 0,
+    probe_alarm: ProbeAlarm = None,
     allow_jit: AllowJit = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -608,14 +621,35 @@ def run(
         from shadowc.runtime.loading import load
         from shadowc.runtime.streaming import generate
 
-        model = load(artifact, allow_jit=allow_jit)
+        model = load(
+            artifact, allow_jit=allow_jit, probe_every=probe_every, probe_alarm=probe_alarm
+        )
     show = None if as_json else functools.partial(print, end="", flush=True)
     result = generate(
         model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, show=show
     )
     if show:
         show("\n")
-    return result
+    return result | {"counters": model.counters()}
+
+
+@app.command(
+    "serve",
+    epilog="Example: shadowc serve artifacts/opt-books-15m-plainact-s50-cpu --port 8000",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve(
+    context: typer.Context,
+    artifact: ArtifactPath,
+    probe_every: ProbeEvery = None,
+    probe_alarm: ProbeAlarm = None,
+    debug: Debug = False,
+) -> None:
+    """Serve OpenAI's API with transformers' server; it takes the options of `transformers serve`."""
+    with _reported(debug), _interruptible(debug):
+        from shadowc.runtime.serve import serve as run_server
+
+        run_server(str(artifact), context.args, probe_every, probe_alarm)
 
 
 # eval ---------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""The errors a user can meet. Each says what was expected, what was found and what to do."""
+"""The errors a user can meet. Each says what was expected, what was found and what to do.
+
+Those that other runtimes would raise as ValueError are ValueErrors too: their servers know how to
+answer one.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class ShadowcError(Exception):
         self.problem = problem
 
 
-class OptionError(ShadowcError):
+class OptionError(ShadowcError, ValueError):
     """An option or argument is unknown or out of range."""
 
 
@@ -52,7 +56,7 @@ class NumericsError(ShadowcError):
     """A compiled graph does not agree with the graph it was made from."""
 
 
-class ArtifactError(ShadowcError):
+class ArtifactError(ShadowcError, ValueError):
     """An artifact is missing, truncated, edited or of another schema."""
 
 
@@ -60,5 +64,5 @@ class KernelError(ShadowcError):
     """A kernel was called with arguments it cannot take, or is not available here."""
 
 
-class LengthError(ShadowcError):
+class LengthError(ShadowcError, ValueError):
     """A prompt or generation does not fit in the compiled length."""

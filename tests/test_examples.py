@@ -38,11 +38,6 @@ def load_example(name):
     return module
 
 
-def test_generate(tiny_opt, tmp_path):
-    compile_model(tiny_opt.loaded, None, Policy(0.0, 0.0), tmp_path / "artifact")
-    assert "It was" in run("generate.py", "artifact", "It was", cwd=tmp_path)
-
-
 def test_demo_measures_every_budget_and_prints_one_table(tiny_opt, tmp_path, monkeypatch, capsys):
     """All of it but the subprocesses, on a tiny model: `make demo` takes minutes."""
     demo = load_example("demo")

@@ -217,11 +217,11 @@ class CudaSession(Session):
 
         Keep sets and rows are views of what the next step writes over; the logits are a copy.
         """
-        assert isinstance(cache, CudaCache)
         with cuda.using(self._profile, self._jit):
-            return self._step(ids, cache, program)
+            return super().step(ids, cache, program=program)
 
-    def _step(self, ids: Tensor, cache: CudaCache, program: str | None) -> dict[str, Any]:
+    def _step(self, ids: Tensor, cache: KVCache, program: str | None) -> dict[str, Any]:
+        assert isinstance(cache, CudaCache)
         memory, tokens = cache.memory, ids.shape[1]
         cache.check_room(tokens)
         prompt = tokens > 1 or cache.length == 0

@@ -12,6 +12,7 @@ from shadowc.config import ModelShape, Policy
 from shadowc.errors import ArtifactError
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
+from shadowc.runtime.watch import Watch, announce
 from shadowc.targets import load_target
 
 if TYPE_CHECKING:
@@ -20,12 +21,20 @@ if TYPE_CHECKING:
 _KEEP = "keep."
 
 
-def load(path: str | Path, *, allow_jit: bool = False) -> ShadowcForCausalLM:
+def load(
+    path: str | Path,
+    *,
+    allow_jit: bool = False,
+    probe_every: int | None = None,
+    probe_alarm: float | None = None,
+) -> ShadowcForCausalLM:
     """Load an artifact after checking its schema, sizes and hashes.
 
     Args:
         path: The directory that `shadowc compile` wrote.
         allow_jit: Run on another GPU than the target's, with kernels compiled here (needs Triton).
+        probe_every: Probe every n-th request, see `runtime/watch.py`; 0 never.
+        probe_alarm: Recall below which probes warn.
 
     Returns:
         A model for transformers' `generate`, with its `tokenizer`.
@@ -33,11 +42,13 @@ def load(path: str | Path, *, allow_jit: bool = False) -> ShadowcForCausalLM:
     Raises:
         ArtifactError: If the artifact is missing, damaged or of another version; names the file.
         KernelError: If this machine cannot run its target.
+        OptionError: If a setting of the probes is out of range.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     from shadowc.runtime.model import ShadowcForCausalLM
 
+    watch = Watch(probe_every, probe_alarm)
     artifact = open_artifact(path)
     session = load_session(artifact, allow_jit=allow_jit)
     try:
@@ -50,7 +61,8 @@ def load(path: str | Path, *, allow_jit: bool = False) -> ShadowcForCausalLM:
             got=error,
             fix="compile the artifact again",
         ) from error
-    return ShadowcForCausalLM(config, generation, session, artifact.manifest, tokenizer)
+    announce(artifact.path, artifact.manifest, "transformers")
+    return ShadowcForCausalLM(config, generation, session, artifact.manifest, tokenizer, watch)
 
 
 def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
@@ -76,7 +88,7 @@ def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
         name: Program.from_json(value, f"programs/{name}.json")
         for name, value in artifact.programs().items()
     }
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: probes ask these tensors for gradients
         session = Session(shape, policy, programs, tensors, keep, length, predictor_bytes)
         if dense_from is not None:
             session.dense_from_batch, session.dense_program = dense_from, manifest["dense_program"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from shadowc.runtime.ahead import sample_ahead
 from shadowc.runtime.cache import KVCache
 from shadowc.runtime.config import ShadowcConfig
 from shadowc.runtime.session import Session
+from shadowc.runtime.watch import Watch
+
+_LOADING = ("config", "device_map", "dtype", "torch_dtype", "quantization_config")
 
 
 class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -26,6 +31,7 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
     Attributes:
         session: The programs; `session.step` is the loop's bare step.
         manifest: What the artifact says of itself.
+        watch: Probes every n-th request, if asked.
         tokenizer: The model's tokenizer.
     """
 
@@ -42,11 +48,82 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         session: Session,
         manifest: dict[str, Any],
         tokenizer: Any = None,
+        watch: Watch | None = None,
     ) -> None:
         super().__init__(config)
         self.generation_config = generation_config
         self.session, self.manifest, self.tokenizer = session, manifest, tokenizer
+        self.watch = watch or Watch()
         self.eval()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> ShadowcForCausalLM:
+        """Load an artifact, as `AutoModelForCausalLM.from_pretrained` does.
+
+        Args:
+            path: The directory that `shadowc compile` wrote.
+            **options: Those of `shadowc.load`. Of transformers' own, `dtype` and `device_map` must
+                agree with the artifact, whose types and device were fixed when it was compiled;
+                the others have nothing to act on.
+
+        Raises:
+            OptionError: If an option asks for what the artifact is not.
+            ArtifactError: If it is missing or damaged.
+        """
+        from shadowc.runtime.loading import load
+
+        own = {name: options[name] for name in inspect.signature(load).parameters if name in options}
+        model = load(path, **own)
+        asked = {name: options[name] for name in _LOADING if options.get(name) is not None}
+        dtype, device = asked.get("dtype", asked.get("torch_dtype")), asked.get("device_map")
+        if isinstance(device, dict):
+            device = device.get("")
+        stored, kind = model.manifest["dtype"], model.device.type
+        if str(dtype).removeprefix("torch.") not in ("None", "auto", stored):
+            raise OptionError(
+                f"{path} has weights of one type",
+                expected=f'dtype="auto" or {stored}',
+                got=dtype,
+                fix="leave dtype out, or compile with another --dtype",
+            )
+        if str(device).partition(":")[0] not in ("None", "auto", kind):
+            raise OptionError(
+                f"{path} runs where its target is",
+                expected=f'device_map="auto" or {kind} (target {model.manifest["target"]})',
+                got=device,
+                fix="leave device_map out, or compile for another --target",
+            )
+        if "quantization_config" in asked:
+            raise OptionError(f"{path} is compiled: it cannot be quantised when it is loaded")
+        return model
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+        """Refused: an artifact is a directory already.
+
+        Raises:
+            OptionError: Always.
+        """
+        raise OptionError(
+            "a loaded artifact is not saved again", fix="copy the artifact's directory instead"
+        )
+
+    def to(self, *arguments: Any, **options: Any) -> ShadowcForCausalLM:
+        """The model where it is.
+
+        Raises:
+            OptionError: If it shall go to another device or type.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*arguments, **options)
+        if (device is not None and device.type != self.device.type) or dtype not in (
+            None, self.dtype,
+        ):  # fmt: skip
+            raise OptionError(
+                "an artifact runs on the device and with the types that it was compiled for",
+                expected=f"{self.device}, {self.dtype}",
+                got=device or dtype,
+                fix="compile for another --target",
+            )
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -64,41 +141,114 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: KVCache | None = None,
         use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **ignored: Any,
     ) -> CausalLMOutputWithPast:
-        """One step of generation, or a whole sequence at once.
+        """One step of generation, or the logits of whole sequences.
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: [B, filled + T] of 0 and 1, zeros on the left only; None means no
-                padding.
-            past_key_values: The cache to go on with; None starts one.
-            use_cache: False runs the masked program over the whole sequence instead, every token
-                with its own mask, and returns the logits of all tokens: what scoring needs.
+            attention_mask: [B, filled + T] of 0 and 1; None means no padding. With a cache zeros
+                are on the left, without one on the right.
+            past_key_values: The cache to go on with.
+            use_cache: True starts a cache where none is given. Otherwise, without a cache, whole
+                sequences run in one pass, every token but the first with the mask that decoding
+                gives it: what scoring needs.
+            labels: int64 [B, T], -100 where nothing is scored: adds transformers' `loss`.
+            inputs_embeds: Refused, as what is within an artifact is not reached from outside.
+            output_hidden_states: As `inputs_embeds`.
+            output_attentions: As `inputs_embeds`.
             **ignored: Other arguments that `generate` passes and that change nothing here.
 
         Returns:
-            Logits fp32 [B, 1, V] (with a cache: of the last token) or [B, T, V].
+            Logits fp32 [B, 1, V] of the last token with a cache, [B, T, V] without.
 
         Raises:
             LengthError: If the tokens exceed the compiled length.
-            OptionError: If the padding is not on the left.
+            OptionError: If the padding is on the other side, or more is asked than logits.
         """
-        if use_cache is False:
-            from shadowc.evaluation.masks import teacher_forced
-
-            return CausalLMOutputWithPast(logits=teacher_forced(self.session, input_ids)["logits"])
+        if input_ids is None or inputs_embeds is not None:
+            raise OptionError("an artifact takes token ids", expected="input_ids")
+        if output_hidden_states or output_attentions:
+            raise OptionError(
+                "an artifact returns logits, no hidden states and no attentions",
+                fix="leave output_hidden_states and output_attentions out",
+            )
         cache = past_key_values
+        if cache is not None and not isinstance(cache, KVCache):
+            raise OptionError(
+                "an artifact has a cache of its own",
+                expected="past_key_values=model.session.new_cache(batch), or none",
+                got=type(cache).__name__,
+            )
+        if cache is None and not (self.config.use_cache if use_cache is None else use_cache):
+            return self._score(input_ids, attention_mask, labels)
+        if labels is not None:
+            raise OptionError("labels are for whole sequences", fix="leave use_cache out")
         if cache is None:
             cache = self.session.new_cache(input_ids.shape[0])
         if cache.length == 0 and attention_mask is not None:
             cache.start = padding(attention_mask)
         logits = self.session.step(input_ids, cache)["logits"]
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def counters(self) -> dict[str, float]:
+        """What ran since the artifact was loaded: `Counters.read` and `Watch.mean`."""
+        return {**self.session.counters.read(), "requests": self.watch.requests, **self.watch.mean()}
+
+    def _score(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+    ) -> CausalLMOutputWithPast:
+        """Logits of all tokens, in one pass over the masked program."""
+        from shadowc.evaluation.masks import teacher_forced
+
+        if attention_mask is not None:
+            padding(attention_mask.flip(1))
+        if input_ids.shape[1] > self.session.max_seq_len:
+            raise LengthError(
+                "the sequence is longer than the compiled length",
+                expected=f"at most {self.session.max_seq_len} tokens",
+                got=input_ids.shape[1],
+                fix="score shorter windows, or compile with a larger --max-seq-len",
+            )
+        logits = teacher_forced(self.session, input_ids)["logits"]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        """As transformers' own; every n-th request is probed, if that was asked for."""
+        found = super().generate(*arguments, **options)
+        if self.watch.due():
+            ids = found if isinstance(found, Tensor) else found.sequences
+            inputs = arguments[0] if arguments else options.get("inputs", options.get("input_ids"))
+            mask = options.get("attention_mask")
+            start = 0 if mask is None else int(padding(mask)[0])
+            prompt = 1 if inputs is None else inputs.shape[1]
+            self.watch.probe(self.session, ids[:1, start:], prompt - start)
+        return found
+
+    def _assisted_decoding(self, *arguments: Any, **options: Any) -> Any:
+        """Refused: it verifies several tokens at once, and each has its own units.
+
+        Raises:
+            OptionError: Always.
+        """
+        raise OptionError(
+            "an artifact cannot verify what an assistant drafts: several tokens at once would "
+            "read all units",
+            expected="no assistant_model, prompt_lookup_num_tokens or other drafts",
+            fix="let the artifact draft for a dense model: "
+            "dense.generate(..., assistant_model=artifact)",
+        )
 
     def _sample(
         self,
@@ -135,9 +285,16 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         max_cache_length: int,
     ) -> None:
         """Called by `generate` before anything runs: refuse what does not fit, make the cache."""
+        kind = generation_config.cache_implementation
+        if generation_config.use_cache is False or kind not in (None, "static", "dynamic"):
+            raise OptionError(
+                "an artifact generates with its own static cache",
+                expected='use_cache=True, cache_implementation "static", "dynamic" or none',
+                got=kind or "use_cache=False",
+            )
         limit = self.session.max_seq_len
         cache = model_kwargs.get("past_key_values")
-        if cache is not None:
+        if isinstance(cache, KVCache):
             limit = cache.capacity
         if generation_config.max_length > limit:
             raise LengthError(

@@ -160,9 +160,8 @@ class OnnxSession(Session):
         """An empty cache for `batch` rows of up to `capacity` (default S) tokens."""
         return OnnxCache(self.shape, batch, capacity or self.max_seq_len, self._device)
 
-    @torch.inference_mode()
-    def step(self, ids: Tensor, cache: KVCache, *, program: str | None = None) -> dict[str, Any]:
-        """As `Session.step`, but logits fp32 [B, T, V] are those of all tokens.
+    def _step(self, ids: Tensor, cache: KVCache, program: str | None) -> dict[str, Any]:
+        """As a `Session`'s, but logits fp32 [B, T, V] are those of all tokens.
 
         Of a step, `head_keep` and `neuron_keep` bool [L', B, N] are its keep sets.
 

@@ -14,6 +14,7 @@ from shadowc.errors import ArtifactError, OptionError
 from shadowc.runtime.cache import KVCache
 from shadowc.runtime.lazy import CATCH_UP, LAZY, LazyState
 from shadowc.runtime.program import Program
+from shadowc.runtime.watch import Counters
 
 #: Names of an artifact's programs, and what each is for.
 PROGRAMS = {
@@ -60,6 +61,7 @@ class Session:
         self.shape, self.policy, self.max_seq_len = shape, policy, max_seq_len
         self.programs, self.tensors, self.static_keep = programs, tensors, dict(keep)
         self._bound: dict[str, Callable[..., tuple[Any, ...]]] = {}
+        self.counters = Counters(shape)
 
     #: Whether a step only starts work, so that it pays to launch the next one early.
     runs_ahead = False
@@ -169,6 +171,16 @@ class Session:
         Raises:
             LengthError: If the tokens do not fit in the cache.
         """
+        prompt = ids.shape[1] > 1 or cache.length == 0
+        results = self._step(ids, cache, program)
+        if prompt:
+            self.counters.prompt_tokens += ids.numel()
+        else:
+            self.counters.decoded(len(ids), results if program else cache.keep)
+        return results
+
+    def _step(self, ids: Tensor, cache: KVCache, program: str | None) -> dict[str, Any]:
+        """What `step` does but count."""
         batch, tokens = ids.shape
         cache.check_room(tokens)
         prompt = tokens > 1 or cache.length == 0
