@@ -645,7 +645,7 @@ def serve(
     probe_alarm: ProbeAlarm = None,
     debug: Debug = False,
 ) -> None:
-    """Serve OpenAI's API with transformers' server; it takes the options of `transformers serve`."""
+    """Serve OpenAI's API with transformers' own server, whose options it takes."""
     with _reported(debug), _interruptible(debug):
         from shadowc.runtime.serve import serve as run_server
 

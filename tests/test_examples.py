@@ -14,8 +14,6 @@ import pytest
 import torch
 
 from shadowc.calibration.criteria import CRITERIA
-from shadowc.compiler import compile_model
-from shadowc.config import Policy
 from shadowc.errors import OptionError
 from shadowc.evaluation.bench import device
 

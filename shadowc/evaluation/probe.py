@@ -32,7 +32,8 @@ def probe(session: Session, ids: Tensor, prompt: int) -> dict[str, float] | None
     Returns:
         `tokens` that were probed, `recall_heads` and `recall_neurons`, shares of the most important
         units that were kept, `recall`, their mean, and `agreement`, the share of the tokens whose
-        likeliest successor is that of the dense model. None if nothing is skipped or no decoded token has a successor.
+        likeliest successor is that of the dense model. None if nothing is skipped or no decoded
+        token has a successor.
     """
     ids = ids[:, :MOST_TOKENS]
     if not session.skips_units or ids.shape[1] - prompt < 2:

@@ -59,13 +59,9 @@ class KVCache:
         self.length -= tokens
         self.steps = max(self.steps - tokens, 0)
 
-    def crop(self, tokens: int) -> None:
-        """As `take_back(-tokens)`, how transformers asks for it when this model drafts.
-
-        Args:
-            tokens: Below 0 so many fewer, else as many as shall stay.
-        """
-        self.take_back(-tokens if tokens < 0 else max(self.length - tokens, 0))
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `take_back`, how transformers asks for it where this model drafts; a number below 0."""
+        self.take_back(abs(tokens_to_remove))
 
     def check_room(self, tokens: int) -> None:
         """Raise LengthError unless `tokens` more fit."""

@@ -72,7 +72,9 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         """
         from shadowc.runtime.loading import load
 
-        own = {name: options[name] for name in inspect.signature(load).parameters if name in options}
+        own = {
+            name: options[name] for name in inspect.signature(load).parameters if name in options
+        }
         model = load(path, **own)
         asked = {name: options[name] for name in _LOADING if options.get(name) is not None}
         dtype, device = asked.get("dtype", asked.get("torch_dtype")), asked.get("device_map")
@@ -201,7 +203,11 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
     def counters(self) -> dict[str, float]:
         """What ran since the artifact was loaded: `Counters.read` and `Watch.mean`."""
-        return {**self.session.counters.read(), "requests": self.watch.requests, **self.watch.mean()}
+        return {
+            **self.session.counters.read(),
+            "requests": self.watch.requests,
+            **self.watch.mean(),
+        }
 
     def _score(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
@@ -307,9 +313,9 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             rows = batch_size * max(
                 generation_config.num_beams or 1, generation_config.num_return_sequences or 1
             )
-            model_kwargs["past_key_values"] = self.session.new_cache(
-                rows, generation_config.max_length
-            )
+            # A draft's cache serves the longer drafts that follow.
+            room = None if generation_config.is_assistant else generation_config.max_length
+            model_kwargs["past_key_values"] = self.session.new_cache(rows, room)
 
 
 def padding(attention_mask: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ transformers' default of 1,024 new tokens means as many as fit.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 

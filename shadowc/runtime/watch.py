@@ -142,8 +142,8 @@ class Watch:
             return
         self.probes.append(found)
         LOGGER.info(
-            "probe of request %d, %d tokens: recall %.2f, keeps %.0f%% of the heads and %.0f%% of the neurons "
-            "that mattered most; %.0f%% of the tokens are dense's",
+            "probe of request %d, %d tokens: recall %.2f, keeps %.0f%% of the heads and %.0f%% of "
+            "the neurons that mattered most; %.0f%% of the tokens are dense's",
             self.requests,
             found["tokens"],
             found["recall"],

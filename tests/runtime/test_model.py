@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from shadowc.config import Policy
 from shadowc.errors import LengthError, OptionError
+from shadowc.runtime.config import artifact_config
 from shadowc.runtime.model import ShadowcForCausalLM, padding
 
 TEXTS = ["It was", "The captain looked at her and", "She", "When the morning came, they all"]
@@ -22,7 +23,8 @@ def pair(request):
     config = GenerationConfig(bos_token_id=2, eos_token_id=2, pad_token_id=1)
     loaded.model.generation_config = config
     session = tiny.session(Policy(0.0, 0.0))
-    model = ShadowcForCausalLM(loaded.model.config, config, session, {}, loaded.tokenizer)
+    own = artifact_config(loaded.model.config, "cpu", 64)
+    model = ShadowcForCausalLM(own, config, session, {}, loaded.tokenizer)
     return model, loaded.model, loaded.tokenizer
 
 
@@ -115,11 +117,113 @@ def test_padding_on_the_right_is_refused():
         padding(torch.tensor([[1, 1, 0]]))
 
 
-def test_scoring_returns_all_logits(pair):
+def test_scoring_returns_all_logits_and_the_loss(pair):
+    """What `model(ids)` gives, and harnesses and perplexity scripts ask for."""
+    ours, theirs, tokenizer = pair
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="right")
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    found, wanted = (model(**batch, labels=labels) for model in (ours, theirs))
+    real = batch.attention_mask.bool()
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(found.logits[real], wanted.logits[real], **close)
+    torch.testing.assert_close(found.loss, wanted.loss, **close)
+    assert found.past_key_values is None
+    with pytest.raises(OptionError, match="not on the left"):
+        ours(**encode(tokenizer, TEXTS))
+    with pytest.raises(LengthError, match="at most 64 tokens"):
+        ours(torch.zeros(1, 65, dtype=torch.int64))
+
+
+def test_a_loop_of_ones_own(pair):
     ours, theirs, tokenizer = pair
     ids = encode(tokenizer, TEXTS[1:2]).input_ids
-    logits = ours(ids, use_cache=False).logits
-    torch.testing.assert_close(logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    out, tokens = ours(ids, use_cache=True), []
+    for _ in range(6):
+        tokens.append(out.logits[:, -1:].argmax(-1))
+        out = ours(tokens[-1], past_key_values=out.past_key_values)
+    wanted = theirs.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(torch.cat(tokens, 1), wanted[:, ids.shape[1] :])
+
+
+def test_stopping_criteria_and_stop_strings(pair):
+    class After(StoppingCriteria):
+        def __call__(self, ids, scores, **_):
+            return torch.full((len(ids),), ids.shape[1] >= 9)
+
+    assert same(pair, TEXTS[:1], do_sample=False, stopping_criteria=[After()]).shape[1] == 9
+    ours, _, tokenizer = pair
+    inputs = encode(tokenizer, TEXTS[:1])
+    full = ours.generate(**inputs, max_new_tokens=16, do_sample=False)
+    stop = tokenizer.decode(full[0, inputs.input_ids.shape[1] + 3])
+    found = same(pair, TEXTS[:1], do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    assert found.shape[1] < full.shape[1]
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_either_kind_of_cache_that_is_asked_for_is_ours(pair, kind):
+    same(pair, TEXTS, do_sample=False, cache_implementation=kind)
+
+
+def test_scores_are_returned(pair):
+    ours, theirs, tokenizer = pair
+    inputs = encode(tokenizer, TEXTS)
+    options = {"max_new_tokens": 4, "do_sample": False, "output_scores": True}
+    found, wanted = (
+        model.generate(**inputs, **options, return_dict_in_generate=True)
+        for model in (ours, theirs)
+    )
+    assert torch.equal(found.sequences, wanted.sequences)
+    for ours_, theirs_ in zip(found.scores, wanted.scores, strict=True):
+        torch.testing.assert_close(ours_, theirs_, atol=1e-4, rtol=1e-4)
+
+
+def test_an_artifact_drafts_for_a_dense_model(tiny):
+    """Assisted generation with an assistant that skips half: the words of the dense model."""
+    config = GenerationConfig(bos_token_id=2, eos_token_id=2, pad_token_id=1)
+    dense, tokenizer = tiny.loaded.model, tiny.loaded.tokenizer
+    dense.generation_config = config
+    session = tiny.session(Policy(0.4, 0.5, min_neurons=2))
+    draft = ShadowcForCausalLM(artifact_config(dense.config, "cpu", 64), config, session, {})
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    ids = encode(tokenizer, TEXTS[1:2]).input_ids
+    options = {"max_new_tokens": 16, "do_sample": False}
+    found = dense.generate(ids, **options, assistant_model=draft)
+    assert torch.equal(found, dense.generate(ids, **options))
+    assert draft.counters()["tokens"] > 0
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"prompt_lookup_num_tokens": 3}, "cannot verify"),
+    ({"use_cache": False}, "own static cache"),
+    ({"cache_implementation": "quantized"}, "own static cache"),
+    ({"past_key_values": DynamicCache()}, "a cache of its own"),
+    ({"output_attentions": True, "return_dict_in_generate": True}, "returns logits"),
+    ({"output_hidden_states": True, "return_dict_in_generate": True}, "returns logits"),
+])  # fmt: skip
+def test_what_does_not_work_is_refused(pair, options, message):
+    ours, _, tokenizer = pair
+    inputs = encode(tokenizer, TEXTS[:1])
+    with pytest.raises(ValueError, match=message):
+        ours.generate(**inputs, max_new_tokens=4, do_sample=False, **options)
+
+
+def test_an_assistant_is_refused(pair):
+    ours, theirs, tokenizer = pair
+    with pytest.raises(OptionError, match="cannot verify"):
+        ours.generate(**encode(tokenizer, TEXTS[:1]), max_new_tokens=4, assistant_model=theirs)
+    with pytest.raises(OptionError, match="takes token ids"):
+        ours(inputs_embeds=torch.zeros(1, 2, 64))
+
+
+def test_it_stays_where_it_is(pair):
+    ours = pair[0]
+    assert ours.to("cpu") is ours and ours.to(torch.float32) is ours
+    with pytest.raises(OptionError, match="was compiled for|compiled for"):
+        ours.to("cuda")
+    with pytest.raises(OptionError, match="compiled for"):
+        ours.to(torch.float16)
+    with pytest.raises(OptionError, match="copy the artifact"):
+        ours.save_pretrained("anywhere")
 
 
 @pytest.mark.parametrize("refresh", [1, 3, 0])

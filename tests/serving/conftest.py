@@ -43,7 +43,8 @@ import sys
 from shadowc.cli import app
 path, *prompts = sys.argv[1:]
 for prompt in prompts:
-    app(["run", path, "--prompt", prompt, "--max-new-tokens", "48", "--json"], standalone_mode=False)
+    arguments = ["run", path, "--prompt", prompt, "--max-new-tokens", "48", "--json"]
+    app(arguments, standalone_mode=False)
 """
 
 

@@ -310,7 +310,9 @@ def test_generate_gives_the_tokens_of_the_cpu_target(tiny, artifact_of):
     artifact, reference = artifact_of(tiny)
     config = GenerationConfig(bos_token_id=2, eos_token_id=2, pad_token_id=1)
     ours = shadowc.load(artifact.path)
-    theirs = ShadowcForCausalLM(tiny.loaded.model.config, config, reference, {}, tiny.loaded.tokenizer)
+    theirs = ShadowcForCausalLM(
+        tiny.loaded.model.config, config, reference, {}, tiny.loaded.tokenizer
+    )
     inputs = ours.tokenizer(["It was", "The captain looked at"], return_tensors="pt", padding=True)
     for options in ({}, {"num_beams": 3}):
         found, wanted = (
