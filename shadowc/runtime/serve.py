@@ -63,10 +63,11 @@ def _extend() -> None:
     from fastapi.responses import JSONResponse
     from transformers.cli.serving import server, utils
 
-    from shadowc.runtime.config import ARCHITECTURE
+    from shadowc.runtime.config import ARCHITECTURE, ONNX_ARCHITECTURE
     from shadowc.runtime.model import ShadowcForCausalLM
 
-    setattr(transformers, ARCHITECTURE, ShadowcForCausalLM)  # where it looks architectures up
+    for name in (ARCHITECTURE, ONNX_ARCHITECTURE):  # where it looks architectures up
+        setattr(transformers, name, ShadowcForCausalLM)
     build = server.build_server
 
     class Manager(utils.GenerateManager):  # type: ignore[misc]

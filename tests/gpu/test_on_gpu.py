@@ -8,6 +8,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from transformers import AutoModelForCausalLM
+
 from shadowc import cuda
 from shadowc.calibration.data import calibration_examples
 from shadowc.calibration.fit import FitOptions, calibrate
@@ -321,13 +323,17 @@ def test_an_artifact_runs_with_the_kernels_it_holds(books, tmp_path, lazy_kv):
         loaded, found, Policy(0.5, 0.5), tmp_path / "own", target=HERE, dtype=torch.float16,
         max_seq_len=128, batch_sizes=(1, 2), lazy_kv=lazy_kv,
     )  # fmt: skip
-    model = load(made.path)  # compiling is not allowed: every kernel must be in the artifact
+    # Compiling is not allowed: every kernel must be in the artifact.
+    model = AutoModelForCausalLM.from_pretrained(made.path, device_map="auto", probe_every=2)
     inputs = model.tokenizer(["It was", "She"], return_tensors="pt", padding=True).to("cuda")
     tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     assert tokens.shape[1] <= inputs.input_ids.shape[1] + 40
     alone = model.tokenizer("It was", return_tensors="pt").to("cuda")
     first = model.generate(**alone, max_new_tokens=40, do_sample=False)
     assert torch.equal(first, model.generate(**alone, max_new_tokens=40, do_sample=False))
+    counted = model.counters()
+    assert counted["requests"] == 3 and 0 < counted["neurons"] < counted["neurons_dense"]
+    assert 0 < counted["probe_recall"] <= 1 and counted["probe_tokens"] > 2
     cuda.clear_images()
 
 
