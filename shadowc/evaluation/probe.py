@@ -35,7 +35,7 @@ def probe(session: Session, ids: Tensor, prompt: int) -> dict[str, float] | None
         likeliest successor is that of the dense model. None if nothing is skipped or no decoded
         token has a successor.
     """
-    ids = ids[:, :MOST_TOKENS]
+    ids = ids[:, :MOST_TOKENS].cpu()
     if not session.skips_units or ids.shape[1] - prompt < 2:
         return None
     ran = teacher_forced(session, ids, prompt=prompt)
