@@ -60,7 +60,7 @@ class KVCache:
         self.steps = max(self.steps - tokens, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As `take_back`, how transformers asks for it where this model drafts; a number below 0."""
+        """`take_back` as transformers asks for it where this model drafts: a number below 0."""
         self.take_back(abs(tokens_to_remove))
 
     def check_room(self, tokens: int) -> None:
