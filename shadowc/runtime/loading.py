@@ -61,6 +61,7 @@ def load(
             got=error,
             fix="compile the artifact again",
         ) from error
+    artifact.check_current()
     announce(artifact.path, artifact.manifest, "transformers")
     return ShadowcForCausalLM(config, generation, session, artifact.manifest, tokenizer, watch)
 
@@ -93,4 +94,6 @@ def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
         if dense_from is not None:
             session.dense_from_batch, session.dense_program = dense_from, manifest["dense_program"]
             session.program(session.dense_program)  # it must be there
-        return backend.serve(session, artifact.path, batches, allow_jit=allow_jit)
+        served = backend.serve(session, artifact.path, batches, allow_jit=allow_jit)
+    artifact.check_current()  # what was checked is what was read
+    return served
