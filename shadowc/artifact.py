@@ -157,7 +157,9 @@ def write_artifact(
             raise OSError(str(error)) from error  # tokenizers hides it in its own
         small = {k: v for k, v in tensors.items() if k.startswith(PREDICTOR_PREFIXES)}
         large = {k: v for k, v in tensors.items() if k not in small}
-        hashes = stored.save(new, "model", large, max_shard_size=max_shard_size, advance=advance)
+        hashes = stored.save(
+            new, "model", large, max_shard_size=max_shard_size, advance=advance, finite=True
+        )
         hashes |= stored.save(new, "predictor", small, advance=advance)
         (new / "programs").mkdir()
         for name, text in texts.items():

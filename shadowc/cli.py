@@ -621,6 +621,10 @@ def run(
     seed: int = 0,
     probe_every: ProbeEvery = 0,
     probe_alarm: ProbeAlarm = None,
+    check_finite: Annotated[
+        bool,
+        typer.Option("--check-finite", help="Stop where numbers overflow, and name the layer."),
+    ] = False,
     allow_jit: AllowJit = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -631,8 +635,9 @@ def run(
         from shadowc.runtime.streaming import generate
 
         model = load(
-            artifact, allow_jit=allow_jit, probe_every=probe_every, probe_alarm=probe_alarm
-        )
+            artifact, allow_jit=allow_jit, probe_every=probe_every, probe_alarm=probe_alarm,
+            check_finite=check_finite,
+        )  # fmt: skip
     show = None if as_json else functools.partial(print, end="", flush=True)
     result = generate(
         model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, show=show

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shadowc.calibration.batches import Group, Plan, counting, groups, plan, split
 from shadowc.calibration.checkpoint import Checkpoint, temporary
-from shadowc.calibration.collect import Collector
+from shadowc.calibration.collect import Collector, check_weights
 from shadowc.calibration.criteria import find_criterion
 from shadowc.calibration.data import Example
 from shadowc.calibration.measure import Fit, Measurement
@@ -228,6 +228,7 @@ def calibrate(
             memory does not suffice for one example, or if numbers are not finite.
     """
     start = time.monotonic()
+    check_weights(loaded.model)
     training, held_out = split(examples)
     work = _Work(
         loaded, options, training, held_out, _about(loaded, examples, options, data),
