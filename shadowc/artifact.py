@@ -15,22 +15,35 @@ no code to import. Loading checks schema, sizes and hashes before anything is us
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
 from shadowc import stored
-from shadowc.directory import atomic_directory, check_space, sha256
+from shadowc.directory import (
+    NEW,
+    atomic_directory,
+    check_space,
+    locked,
+    recover,
+    replace_text,
+    sha256,
+    write_synced,
+)
 from shadowc.errors import ArtifactError
 from shadowc.stored import MAX_SHARD_SIZE, Stored
 
 SCHEMA = 1
 MANIFEST, REPORT = "manifest.json", "report.json"
 PREDICTOR_PREFIXES = ("predictor.", "keep.", "scores.")
+_ATTEMPTS = 3
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _REST = 16 << 20
 """Bytes left for what has no size before it is written: tokenizer, kernels, report."""
 
@@ -42,10 +55,12 @@ class Artifact:
     Attributes:
         path: Its directory.
         manifest: What it says of itself.
+        place: Device and number of the directory itself, when it was opened.
     """
 
     path: Path
     manifest: dict[str, Any]
+    place: tuple[int, int] = field(default=(0, 0), compare=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, memory-mapped: one copy, shared with the page cache."""
@@ -70,6 +85,20 @@ class Artifact:
         """What was measured on this artifact."""
         value: dict[str, Any] = json.loads((self.path / REPORT).read_text())
         return value
+
+    def check_current(self) -> None:
+        """Raise unless it is still what was opened: after its files were read, not only checked.
+
+        Raises:
+            ArtifactError: If another artifact has taken its place.
+        """
+        try:
+            same = self.place == _place(self.path)
+            same = same and _lasting(_manifest(self.path)) == _lasting(self.manifest)
+        except (OSError, *_MALFORMED):
+            same = False
+        if not same:
+            raise _replaced(self.path)
 
 
 def weights_stem(target: str) -> str:
@@ -135,7 +164,9 @@ def write_artifact(
         small = {k: v for k, v in tensors.items() if k.startswith(PREDICTOR_PREFIXES)}
         large = {k: v for k, v in tensors.items() if k not in small}
         stem = weights_stem(manifest["target"])
-        hashes = stored.save(new, stem, large, max_shard_size=max_shard_size, advance=advance)
+        hashes = stored.save(
+            new, stem, large, max_shard_size=max_shard_size, advance=advance, finite=True
+        )
         hashes |= stored.save(new, "predictor", small, advance=advance)
         (new / "programs").mkdir()
         for name, text in texts.items():
@@ -149,32 +180,146 @@ def write_artifact(
             files[name] = {"bytes": path.stat().st_size, "sha256": digest}
         full = {"schema": SCHEMA, **manifest, "files": files}
         (new / MANIFEST).write_text(json.dumps(full, indent=2) + "\n")
-    return Artifact(target, full)
+    return Artifact(target, full, _place(target))
 
 
-def update_report(artifact: Artifact, section: str, value: Mapping[str, Any]) -> None:
-    """Add or replace one section of the report, and its hash in the manifest, atomically each."""
-    report = artifact.report() | {section: dict(value)}
-    _replace_text(artifact.path / REPORT, json.dumps(report, indent=2) + "\n")
-    path = artifact.path / REPORT
-    artifact.manifest["files"][REPORT] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    _replace_text(artifact.path / MANIFEST, json.dumps(artifact.manifest, indent=2) + "\n")
+def update_report(
+    artifact: Artifact,
+    section: str,
+    value: Mapping[str, Any],
+    draw: Callable[[Artifact], Mapping[str, str]] = lambda artifact: {},
+) -> None:
+    """Add or replace one section of the report, and its hash in the manifest, in one step.
+
+    The manifest is what decides: the new report waits beside the old one until the manifest names
+    it, and `open_artifact` finishes or removes what a kill leaves. What others added stays.
+
+    Args:
+        artifact: The artifact; its manifest is changed too.
+        section: Name of the section.
+        value: What was measured, as plain JSON values.
+        draw: Makes files that no manifest names, by name, of the new report.
+
+    Raises:
+        ArtifactError: If another artifact has taken its place since it was opened.
+        OSError: If it cannot be written.
+    """
+    root = artifact.path
+    with locked(root):
+        _finish_report(root)
+        now = Artifact(root, _manifest(root))
+        if _lasting(now.manifest) != _lasting(artifact.manifest):
+            raise _replaced(root)
+        report = now.report() | {section: dict(value)}
+        new = root / f"{REPORT}{NEW}"
+        write_synced(new, json.dumps(report, indent=2) + "\n")
+        now.manifest["files"][REPORT] = {"bytes": new.stat().st_size, "sha256": sha256(new)}
+        try:
+            replace_text(root / MANIFEST, json.dumps(now.manifest, indent=2) + "\n")
+        except BaseException:
+            _finish_report(root)
+            raise
+        new.replace(root / REPORT)
+        artifact.manifest["files"] = now.manifest["files"]
+        for name, text in draw(artifact).items():
+            replace_text(root / name, text)
 
 
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text)
-    partial.replace(path)
+def _finish_report(root: Path) -> None:
+    """Bring the change of a report that was interrupted to its end; the directory is `locked`."""
+    new = root / f"{REPORT}{NEW}"
+    if new.is_symlink() or not new.is_file():
+        return
+    entry = _manifest(root)["files"][REPORT]
+    if entry["bytes"] == new.stat().st_size and entry["sha256"] == sha256(new):
+        new.replace(root / REPORT)
+    else:
+        new.unlink()
 
 
-def open_artifact(path: str | Path) -> Artifact:
+def _manifest(root: Path) -> dict[str, Any]:
+    """The manifest as it is now, unchecked."""
+    value: dict[str, Any] = json.loads((root / MANIFEST).read_text())
+    return value
+
+
+def _lasting(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest without what reports change."""
+    files = {name: entry for name, entry in manifest["files"].items() if name != REPORT}
+    return {**manifest, "files": files}
+
+
+def _replaced(root: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{root} was replaced by another artifact meanwhile",
+        expected="the one that was opened",
+        fix="do it again with the one that is there now",
+    )
+
+
+def _place(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _state(root: Path) -> list[tuple[int, ...] | None]:
+    """What changes when an artifact is replaced, or its report."""
+
+    def of(path: Path) -> tuple[int, ...] | None:
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_ctime_ns
+
+    return [of(root / name) for name in (MANIFEST, REPORT, f"{REPORT}{NEW}")]
+
+
+def _steady(check: Callable[[Path], Artifact]) -> Callable[[str | Path], Artifact]:
+    """Check again what was replaced, or whose report was changed, while it was checked."""
+
+    @functools.wraps(check)
+    def opened(path: str | Path) -> Artifact:
+        root = Path(path)
+        recover(root)
+        for attempt in range(_ATTEMPTS):
+            last = attempt == _ATTEMPTS - 1  # nobody changes what is locked
+            before = _state(root)
+            with contextlib.ExitStack() as held:
+                try:
+                    if last:
+                        held.enter_context(locked(root))
+                        with contextlib.suppress(*_MALFORMED):
+                            _finish_report(root)
+                        before = _state(root)
+                    artifact, place = check(root), _place(root)
+                except (ArtifactError, OSError):
+                    if not last:
+                        with contextlib.suppress(OSError, *_MALFORMED), locked(root):
+                            _finish_report(root)
+                    if _state(root) == before:
+                        raise
+                else:
+                    if _state(root) == before:
+                        return Artifact(root, artifact.manifest, place)
+        raise ArtifactError(
+            f"{root} is replaced again and again",
+            expected="an artifact that stays while it is checked",
+            fix="wait until nothing writes there",
+        )
+
+    return opened
+
+
+@_steady
+def open_artifact(path: Path) -> Artifact:
     """Check an artifact directory and read its manifest.
 
     Raises:
         ArtifactError: If it is missing, of another schema, or a file is missing, truncated, edited
             or outside the directory; names the file.
     """
-    root = Path(path)
+    root = path
     try:
         manifest = json.loads((root / MANIFEST).read_text())
     except OSError as error:
