@@ -6,11 +6,13 @@
                                        (ONNX targets: weights*.safetensors, see `weights_stem`)
     predictor.safetensors              predictor, mean scores, and keep sets that never change
     programs/*.json                    what the target runs
+    programs/*.pt2                     packages for C++, machine code without weights (on request)
     kernels/sm_NN/*                    compiled kernels (CUDA targets)
     report.json                        what was measured on this artifact
 
-Safetensors, JSON and images of kernels only. The manifest names no path outside the directory and
-no code to import. Loading checks schema, sizes and hashes before anything is used.
+Safetensors, JSON and images of kernels only, and packages that Python never loads. The manifest
+names no path outside the directory and no code to import. Loading checks schema, sizes and hashes
+before anything is used.
 """
 
 from __future__ import annotations
@@ -342,7 +344,7 @@ def open_artifact(path: Path) -> Artifact:
     needed = {REPORT, "config.json", *_weight_files(root, manifest)} - set(files)
     if needed:
         raise _damaged(root / MANIFEST, f"an entry for {sorted(needed)[0]}", "none")
-    for path_ in sorted((root / "programs").glob("*.json")):
+    for path_ in sorted((root / "programs").glob("*.*")):
         if f"programs/{path_.name}" not in files:
             raise _damaged(path_, "a file that the manifest lists", "one that it does not")
     return Artifact(root, manifest)
