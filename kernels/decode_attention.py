@@ -170,7 +170,7 @@ def _decode_attention(
     if outside:
         raise KernelError(
             "argument 'position' does not fit the cache",
-            expected=f"room for {tokens} tokens in {slots} slots",
+            expected=f"room for {tokens} tokens in {slots} slots, rows that start in them",
             got=int(position),
         )
     if native:
