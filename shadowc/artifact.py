@@ -3,13 +3,16 @@
     manifest.json               schema, model, policy, target, versions, sha256 + size of every file
     config.json, tokenizer ...         Hugging Face files of the model
     model*.safetensors                 packed weights, once; above a size in shards with an index
+                                       (ONNX targets: weights*.safetensors, see `weights_stem`)
     predictor.safetensors              predictor, mean scores, and keep sets that never change
     programs/*.json                    what the target runs
+    programs/*.pt2                     packages for C++, machine code without weights (on request)
     kernels/sm_NN/*                    compiled kernels (CUDA targets)
     report.json                        what was measured on this artifact
 
-Safetensors, JSON and images of kernels only. The manifest names no path outside the directory and
-no code to import. Loading checks schema, sizes and hashes before anything is used.
+Safetensors, JSON and images of kernels only, and packages that Python never loads. The manifest
+names no path outside the directory and no code to import. Loading checks schema, sizes and hashes
+before anything is used.
 """
 
 from __future__ import annotations
@@ -40,8 +43,6 @@ from shadowc.stored import MAX_SHARD_SIZE, Stored
 
 SCHEMA = 1
 MANIFEST, REPORT = "manifest.json", "report.json"
-WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 PREDICTOR_PREFIXES = ("predictor.", "keep.", "scores.")
 _ATTEMPTS = 3
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -71,11 +72,9 @@ class Artifact:
     @property
     def weight_bytes(self) -> int:
         """Size of the files of the weights, without the predictor's."""
+        pattern = f"{weights_stem(self.manifest['target'])}*.safetensors"
         files = self.manifest["files"].items()
-        shards = (
-            f["bytes"] for name, f in files if PurePosixPath(name).match("model*.safetensors")
-        )
-        return int(sum(shards))
+        return int(sum(f["bytes"] for name, f in files if PurePosixPath(name).match(pattern)))
 
     def programs(self) -> dict[str, dict[str, Any]]:
         """The programs' JSON by name."""
@@ -102,6 +101,15 @@ class Artifact:
             same = False
         if not same:
             raise _replaced(self.path)
+
+
+def weights_stem(target: str) -> str:
+    """How the names of a target's files of weights begin.
+
+    An ONNX artifact's config has the checkpoint's model type, which runtimes ask for: its packed
+    weights must not be found by those that would take them for the checkpoint's.
+    """
+    return "weights" if target.startswith("onnx-") else "model"
 
 
 def write_artifact(
@@ -157,8 +165,9 @@ def write_artifact(
             raise OSError(str(error)) from error  # tokenizers hides it in its own
         small = {k: v for k, v in tensors.items() if k.startswith(PREDICTOR_PREFIXES)}
         large = {k: v for k, v in tensors.items() if k not in small}
+        stem = weights_stem(manifest["target"])
         hashes = stored.save(
-            new, "model", large, max_shard_size=max_shard_size, advance=advance, finite=True
+            new, stem, large, max_shard_size=max_shard_size, advance=advance, finite=True
         )
         hashes |= stored.save(new, "predictor", small, advance=advance)
         (new / "programs").mkdir()
@@ -332,23 +341,25 @@ def open_artifact(path: Path) -> Artifact:
         raise _damaged(root / MANIFEST, "a list of files", type(files).__name__)
     for name, entry in files.items():
         _check_file(root, name, entry)
-    needed = {REPORT, "config.json", *_weight_files(root, files)} - set(files)
+    needed = {REPORT, "config.json", *_weight_files(root, manifest)} - set(files)
     if needed:
         raise _damaged(root / MANIFEST, f"an entry for {sorted(needed)[0]}", "none")
-    for path_ in sorted((root / "programs").glob("*.json")):
+    for path_ in sorted((root / "programs").glob("*.*")):
         if f"programs/{path_.name}" not in files:
             raise _damaged(path_, "a file that the manifest lists", "one that it does not")
     return Artifact(root, manifest)
 
 
-def _weight_files(root: Path, files: Mapping[str, Any]) -> set[str]:
+def _weight_files(root: Path, manifest: Mapping[str, Any]) -> set[str]:
     """Names of the files that must hold weights."""
-    if INDEX not in files:
-        return {WEIGHTS}
+    whole = f"{weights_stem(str(manifest.get('target')))}.safetensors"
+    index = f"{whole}.index.json"
+    if index not in manifest["files"]:
+        return {whole}
     try:
-        return set(json.loads((root / INDEX).read_text())["weight_map"].values())
+        return set(json.loads((root / index).read_text())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(root / INDEX, "an index of shards", error) from error
+        raise _damaged(root / index, "an index of shards", error) from error
 
 
 def _check_file(root: Path, name: str, entry: Any) -> None:

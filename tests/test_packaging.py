@@ -93,13 +93,19 @@ def test_wheel(built: Path, tmp_path: Path) -> None:
         assert {p.relative_to(here) for p in here.rglob("*.py")} == {
             p.relative_to(there) for p in there.rglob("*.py")
         }
+    native = Path("kernels/cpu")  # a C++ program without Python compiles them
+    sources = {p.relative_to(ROOT) for p in (ROOT / native).rglob("*.*")}
+    assert native / "libtorch/ops.cpp" in sources
+    assert sources == {
+        p.relative_to(tmp_path / "shadowc") for p in (tmp_path / "shadowc" / native).rglob("*.*")
+    }
 
 
 def test_sdist_can_build_the_native_library(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "kernels/cpu").iterdir() if p.is_file()}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "kernels/cpu").rglob("*.*")}
     assert sources and sources <= names
     assert {"setup.py", "pyproject.toml", "LICENSE", "shadowc/kernels/select.py"} <= names
 

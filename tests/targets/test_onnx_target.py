@@ -464,7 +464,16 @@ def test_too_many_tokens(llama_artifact):
         session.step(torch.zeros(1, 9, dtype=torch.int64), session.new_cache(1, 8))
 
 
-@pytest.mark.parametrize("name", [MODEL, "model.safetensors"])
+def test_transformers_does_not_take_its_weights_for_the_checkpoints(llama_artifact):
+    from transformers import AutoModelForCausalLM
+
+    import shadowc  # noqa: F401
+
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(llama_artifact.path)
+
+
+@pytest.mark.parametrize("name", [MODEL, "weights.safetensors"])
 def test_a_missing_or_truncated_file(llama_artifact, tmp_path, name):
     import shutil
 
