@@ -99,7 +99,7 @@ class Server:
                 command, stdout=file, stderr=file, cwd=log.parent, env=environment(**variables)
             )
 
-    def wait(self, seconds: float = 240) -> bool:
+    def wait(self, seconds: float = 900) -> bool:
         """Whether it came up; False once it has ended."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
@@ -115,7 +115,7 @@ class Server:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=240) as answer:
+        with urllib.request.urlopen(request, timeout=900) as answer:
             return answer.read().decode()
 
     def complete(self, prompt, tokens: int = TOKENS, **more) -> dict:
@@ -243,10 +243,11 @@ REFUSED = {
     "onnx": ({"model": "onnx"}, "vLLM runs artifacts of one target"),
     "refresh": ({"model": "refresh"}, "--refresh token"),
     "no artifact": ({"model": "empty"}, "is not an artifact"),
+    "runner": ({"environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}, "model runner V2"),
     "version": ({"version": "0.31.1"}, "does not fit this version of vLLM"),
 }
 REFUSE = """
-import json, sys
+import json, os, sys
 import vllm
 from vllm.engine.arg_utils import EngineArgs
 from shadowc.vllm.plugin import register
@@ -254,6 +255,7 @@ artifact, cases = sys.argv[1], json.loads(sys.argv[2])
 config = EngineArgs(model=artifact).create_engine_config()
 print(json.dumps([config.cache_config.enable_prefix_caching, str(config.model_config.dtype)]))
 for options in cases:
+    os.environ |= options.pop("environment", {})
     if "version" in options:
         vllm.__version__ = options.pop("version")
         register()
