@@ -134,7 +134,7 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(artifact, tmp_path_factory):
+def server(artifact, beside, tmp_path_factory):
     """Room for two answers of four, so that vLLM preempts; prompts come in parts of 64 tokens."""
     home = tmp_path_factory.mktemp("server")
     (home / "metrics").mkdir()
@@ -211,7 +211,7 @@ def test_logprobs_of_the_prompt(server):
 
 @pytest.mark.parametrize(
     "request_",
-    [{"prompt": PROMPTS[0], "tokens": LIMIT}, {"prompt": [5] * (LIMIT + 1), "tokens": 1}],
+    [{"prompt": PROMPTS[0], "tokens": LIMIT + 1}, {"prompt": [5] * (LIMIT + 1), "tokens": 1}],
     ids=["answer", "prompt"],
 )
 def test_too_long_is_a_400_and_the_server_goes_on(server, request_):
@@ -221,6 +221,12 @@ def test_too_long_is_a_400_and_the_server_goes_on(server, request_):
     error = json.loads(caught.value.read())["error"]
     assert error["code"] == 400 and str(LIMIT) in error["message"]
     assert server.complete(PROMPTS[0], 3)["usage"]["completion_tokens"] == 3
+
+
+def test_an_answer_ends_at_the_limit(server):
+    said = server.complete([5] * (LIMIT - 6), 20, ignore_eos=True)
+    assert said["usage"]["total_tokens"] == LIMIT
+    assert said["choices"][0]["finish_reason"] == "length"
 
 
 REFUSED = {
@@ -271,9 +277,16 @@ def like(artifact: Path, copy: Path, manifest=None, config=None) -> str:
 
 
 @pytest.fixture(scope="session")
-def refusals(artifact, tmp_path_factory):
+def beside(artifact, tmp_path_factory):
+    """What needs no server of ours, run while one starts and answers: by name, to be waited for."""
+    home = tmp_path_factory.mktemp("beside")
+    pool = ThreadPoolExecutor(1)
+    yield {name: pool.submit(do, artifact, home) for name, do in BESIDE.items()}
+    pool.shutdown()
+
+
+def refuse(artifact: Path, home: Path):
     """What vLLM's configuration says to each case, in one process."""
-    home = tmp_path_factory.mktemp("refused")
     models = {
         "h100": like(artifact, home / "h100", lambda m: m.update(target="h100")),
         "refresh": like(artifact, home / "refresh", lambda m: m["policy"].update(refresh=8)),
@@ -296,35 +309,49 @@ def refusals(artifact, tmp_path_factory):
     return lines[0], dict(zip(REFUSED, lines[1:], strict=True))
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_by_name(refusals, case):
-    kinds, message = refusals[1][case]
-    assert "ValueError" in kinds, message
-    assert REFUSED[case][1] in message
-
-
-def test_what_is_set(refusals):
-    prefix_caching, dtype = refusals[0]
-    assert prefix_caching is False and dtype == "torch.float32"
-
-
-def test_tampered_file_is_refused(artifact, tmp_path):
-    copy = Path(like(artifact, tmp_path / "tampered"))
+def tamper(artifact: Path, home: Path) -> tuple[bool, int | None, str]:
+    """Whether a server of an edited artifact came up, its exit status, and what it said."""
+    copy = Path(like(artifact, home / "tampered"))
     file = copy / "predictor.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    options = ("--kv-cache-memory-bytes", 1 << 26)
-    refused = Server(copy, tmp_path / "log", *options)
-    assert not refused.wait()
-    assert refused.process.returncode != 0
-    log = refused.log.read_text()
+    server = Server(copy, home / "log", "--kv-cache-memory-bytes", 1 << 26)
+    up = server.wait()
+    if up:
+        server.stop()
+    return up, server.process.returncode, server.log.read_text()
+
+
+def example(artifact: Path, home: Path) -> subprocess.CompletedProcess:
+    """The example, for two prompts."""
+    return run(ROOT / "examples" / "serve_vllm.py", artifact, PROMPTS[0], PROMPTS[2], cwd=home)
+
+
+BESIDE = {"refused": refuse, "tampered": tamper, "example": example}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(beside, case):
+    kinds, message = beside["refused"].result()[1][case]
+    assert "ValueError" in kinds, message
+    assert REFUSED[case][1] in message
+
+
+def test_what_is_set(beside):
+    prefix_caching, dtype = beside["refused"].result()[0]
+    assert prefix_caching is False and dtype == "torch.float32"
+
+
+def test_tampered_file_is_refused(beside):
+    up, status, log = beside["tampered"].result()
+    assert not up and status != 0
     assert "ArtifactError" in log and "predictor.safetensors is damaged" in log
 
 
-def test_example(artifact, greedy):
-    done = run(ROOT / "examples" / "serve_vllm.py", artifact, PROMPTS[0], PROMPTS[2], cwd=ROOT)
+def test_example(beside, greedy):
+    done = beside["example"].result()
     assert done.returncode == 0, done.stdout + done.stderr
     for prompt in (PROMPTS[0], PROMPTS[2]):
-        start = greedy[prompt][:60]
-        assert prompt + start in done.stdout
+        assert prompt + greedy[prompt][:60] in done.stdout
+    assert "shadowc_neurons_total" in done.stdout
