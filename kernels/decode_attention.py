@@ -36,7 +36,7 @@ from shadowc.native import (
 _native = function("attention", "12P 7q f i")
 
 
-def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """Rotary position embedding of x [B, T, heads, D]."""
     if cos is None or sin is None:
         return x
@@ -64,9 +64,9 @@ def decode_attention_reference(
     groups, head_dim = k_cache.shape[1], k_cache.shape[3]
     first = int(position)
     end = first + tokens
-    query = _rotate(q.view(batch, tokens, -1, head_dim), cos, sin).transpose(1, 2)
+    query = rotate(q.view(batch, tokens, -1, head_dim), cos, sin).transpose(1, 2)
     if k is not None and v is not None:
-        key = _rotate(k.view(batch, tokens, groups, head_dim), cos, sin).transpose(1, 2)
+        key = rotate(k.view(batch, tokens, groups, head_dim), cos, sin).transpose(1, 2)
         k_cache[:batch, :, first:end] = key
         v_cache[:batch, :, first:end] = v.view(batch, tokens, groups, head_dim).transpose(1, 2)
     slots = torch.arange(end, device=q.device)
@@ -170,7 +170,7 @@ def _decode_attention(
     if outside:
         raise KernelError(
             "argument 'position' does not fit the cache",
-            expected=f"room for {tokens} tokens in {slots} slots",
+            expected=f"room for {tokens} tokens in {slots} slots, rows that start in them",
             got=int(position),
         )
     if native:

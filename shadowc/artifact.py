@@ -3,6 +3,7 @@
     manifest.json               schema, model, policy, target, versions, sha256 + size of every file
     config.json, tokenizer ...         Hugging Face files of the model
     model*.safetensors                 packed weights, once; above a size in shards with an index
+                                       (ONNX targets: weights*.safetensors, see `weights_stem`)
     predictor.safetensors              predictor, mean scores, and keep sets that never change
     programs/*.json                    what the target runs
     programs/*.pt2                     packages for C++, machine code without weights (on request)
@@ -16,24 +17,35 @@ before anything is used.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
 from shadowc import stored
-from shadowc.directory import atomic_directory, check_space, sha256
+from shadowc.directory import (
+    NEW,
+    atomic_directory,
+    check_space,
+    locked,
+    recover,
+    replace_text,
+    sha256,
+    write_synced,
+)
 from shadowc.errors import ArtifactError
 from shadowc.stored import MAX_SHARD_SIZE, Stored
 
 SCHEMA = 1
 MANIFEST, REPORT = "manifest.json", "report.json"
-WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 PREDICTOR_PREFIXES = ("predictor.", "keep.", "scores.")
+_ATTEMPTS = 3
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _REST = 16 << 20
 """Bytes left for what has no size before it is written: tokenizer, kernels, report."""
 
@@ -45,10 +57,12 @@ class Artifact:
     Attributes:
         path: Its directory.
         manifest: What it says of itself.
+        place: Device and number of the directory itself, when it was opened.
     """
 
     path: Path
     manifest: dict[str, Any]
+    place: tuple[int, int] = field(default=(0, 0), compare=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, memory-mapped: one copy, shared with the page cache."""
@@ -58,11 +72,9 @@ class Artifact:
     @property
     def weight_bytes(self) -> int:
         """Size of the files of the weights, without the predictor's."""
+        pattern = f"{weights_stem(self.manifest['target'])}*.safetensors"
         files = self.manifest["files"].items()
-        shards = (
-            f["bytes"] for name, f in files if PurePosixPath(name).match("model*.safetensors")
-        )
-        return int(sum(shards))
+        return int(sum(f["bytes"] for name, f in files if PurePosixPath(name).match(pattern)))
 
     def programs(self) -> dict[str, dict[str, Any]]:
         """The programs' JSON by name."""
@@ -75,6 +87,29 @@ class Artifact:
         """What was measured on this artifact."""
         value: dict[str, Any] = json.loads((self.path / REPORT).read_text())
         return value
+
+    def check_current(self) -> None:
+        """Raise unless it is still what was opened: after its files were read, not only checked.
+
+        Raises:
+            ArtifactError: If another artifact has taken its place.
+        """
+        try:
+            same = self.place == _place(self.path)
+            same = same and _lasting(_manifest(self.path)) == _lasting(self.manifest)
+        except (OSError, *_MALFORMED):
+            same = False
+        if not same:
+            raise _replaced(self.path)
+
+
+def weights_stem(target: str) -> str:
+    """How the names of a target's files of weights begin.
+
+    An ONNX artifact's config has the checkpoint's model type, which runtimes ask for: its packed
+    weights must not be found by those that would take them for the checkpoint's.
+    """
+    return "weights" if target.startswith("onnx-") else "model"
 
 
 def write_artifact(
@@ -130,7 +165,10 @@ def write_artifact(
             raise OSError(str(error)) from error  # tokenizers hides it in its own
         small = {k: v for k, v in tensors.items() if k.startswith(PREDICTOR_PREFIXES)}
         large = {k: v for k, v in tensors.items() if k not in small}
-        hashes = stored.save(new, "model", large, max_shard_size=max_shard_size, advance=advance)
+        stem = weights_stem(manifest["target"])
+        hashes = stored.save(
+            new, stem, large, max_shard_size=max_shard_size, advance=advance, finite=True
+        )
         hashes |= stored.save(new, "predictor", small, advance=advance)
         (new / "programs").mkdir()
         for name, text in texts.items():
@@ -143,33 +181,148 @@ def write_artifact(
             digest = hashes.get(name) or sha256(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": digest}
         full = {"schema": SCHEMA, **manifest, "files": files}
-        (new / MANIFEST).write_text(json.dumps(full, indent=2) + "\n")
-    return Artifact(target, full)
+        text = json.dumps(full, indent=2)
+        (new / MANIFEST).write_text(text + "\n")
+    return Artifact(target, json.loads(text), _place(target))
 
 
-def update_report(artifact: Artifact, section: str, value: Mapping[str, Any]) -> None:
-    """Add or replace one section of the report, and its hash in the manifest, atomically each."""
-    report = artifact.report() | {section: dict(value)}
-    _replace_text(artifact.path / REPORT, json.dumps(report, indent=2) + "\n")
-    path = artifact.path / REPORT
-    artifact.manifest["files"][REPORT] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    _replace_text(artifact.path / MANIFEST, json.dumps(artifact.manifest, indent=2) + "\n")
+def update_report(
+    artifact: Artifact,
+    section: str,
+    value: Mapping[str, Any],
+    draw: Callable[[Artifact], Mapping[str, str]] = lambda artifact: {},
+) -> None:
+    """Add or replace one section of the report, and its hash in the manifest, in one step.
+
+    The manifest is what decides: the new report waits beside the old one until the manifest names
+    it, and `open_artifact` finishes or removes what a kill leaves. What others added stays.
+
+    Args:
+        artifact: The artifact; its manifest is changed too.
+        section: Name of the section.
+        value: What was measured, as plain JSON values.
+        draw: Makes files that no manifest names, by name, of the new report.
+
+    Raises:
+        ArtifactError: If another artifact has taken its place since it was opened.
+        OSError: If it cannot be written.
+    """
+    root = artifact.path
+    with locked(root):
+        _finish_report(root)
+        now = Artifact(root, _manifest(root))
+        if _lasting(now.manifest) != _lasting(artifact.manifest):
+            raise _replaced(root)
+        report = now.report() | {section: dict(value)}
+        new = root / f"{REPORT}{NEW}"
+        write_synced(new, json.dumps(report, indent=2) + "\n")
+        now.manifest["files"][REPORT] = {"bytes": new.stat().st_size, "sha256": sha256(new)}
+        try:
+            replace_text(root / MANIFEST, json.dumps(now.manifest, indent=2) + "\n")
+        except BaseException:
+            _finish_report(root)
+            raise
+        new.replace(root / REPORT)
+        artifact.manifest["files"] = now.manifest["files"]
+        for name, text in draw(artifact).items():
+            replace_text(root / name, text)
 
 
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text)
-    partial.replace(path)
+def _finish_report(root: Path) -> None:
+    """Bring the change of a report that was interrupted to its end; the directory is `locked`."""
+    new = root / f"{REPORT}{NEW}"
+    if new.is_symlink() or not new.is_file():
+        return
+    entry = _manifest(root)["files"][REPORT]
+    if entry["bytes"] == new.stat().st_size and entry["sha256"] == sha256(new):
+        new.replace(root / REPORT)
+    else:
+        new.unlink()
 
 
-def open_artifact(path: str | Path) -> Artifact:
+def _manifest(root: Path) -> dict[str, Any]:
+    """The manifest as it is now, unchecked."""
+    value: dict[str, Any] = json.loads((root / MANIFEST).read_text())
+    return value
+
+
+def _lasting(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest without what reports change."""
+    files = {name: entry for name, entry in manifest["files"].items() if name != REPORT}
+    return {**manifest, "files": files}
+
+
+def _replaced(root: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{root} was replaced by another artifact meanwhile",
+        expected="the one that was opened",
+        fix="do it again with the one that is there now",
+    )
+
+
+def _place(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _state(root: Path) -> list[tuple[int, ...] | None]:
+    """What changes when an artifact is replaced, or its report."""
+
+    def of(path: Path) -> tuple[int, ...] | None:
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_ctime_ns
+
+    return [of(root / name) for name in (MANIFEST, REPORT, f"{REPORT}{NEW}")]
+
+
+def _steady(check: Callable[[Path], Artifact]) -> Callable[[str | Path], Artifact]:
+    """Check again what was replaced, or whose report was changed, while it was checked."""
+
+    @functools.wraps(check)
+    def opened(path: str | Path) -> Artifact:
+        root = Path(path)
+        recover(root)
+        for attempt in range(_ATTEMPTS):
+            last = attempt == _ATTEMPTS - 1  # nobody changes what is locked
+            before = _state(root)
+            with contextlib.ExitStack() as held:
+                try:
+                    if last:
+                        held.enter_context(locked(root))
+                        with contextlib.suppress(*_MALFORMED):
+                            _finish_report(root)
+                        before = _state(root)
+                    artifact, place = check(root), _place(root)
+                except (ArtifactError, OSError):
+                    if not last:
+                        with contextlib.suppress(OSError, *_MALFORMED), locked(root):
+                            _finish_report(root)
+                    if _state(root) == before:
+                        raise
+                else:
+                    if _state(root) == before:
+                        return Artifact(root, artifact.manifest, place)
+        raise ArtifactError(
+            f"{root} is replaced again and again",
+            expected="an artifact that stays while it is checked",
+            fix="wait until nothing writes there",
+        )
+
+    return opened
+
+
+@_steady
+def open_artifact(path: Path) -> Artifact:
     """Check an artifact directory and read its manifest.
 
     Raises:
         ArtifactError: If it is missing, of another schema, or a file is missing, truncated, edited
             or outside the directory; names the file.
     """
-    root = Path(path)
+    root = path
     try:
         manifest = json.loads((root / MANIFEST).read_text())
     except OSError as error:
@@ -189,7 +342,7 @@ def open_artifact(path: str | Path) -> Artifact:
         raise _damaged(root / MANIFEST, "a list of files", type(files).__name__)
     for name, entry in files.items():
         _check_file(root, name, entry)
-    needed = {REPORT, "config.json", *_weight_files(root, files)} - set(files)
+    needed = {REPORT, "config.json", *_weight_files(root, manifest)} - set(files)
     if needed:
         raise _damaged(root / MANIFEST, f"an entry for {sorted(needed)[0]}", "none")
     for path_ in sorted((root / "programs").glob("*.*")):
@@ -198,14 +351,16 @@ def open_artifact(path: str | Path) -> Artifact:
     return Artifact(root, manifest)
 
 
-def _weight_files(root: Path, files: Mapping[str, Any]) -> set[str]:
+def _weight_files(root: Path, manifest: Mapping[str, Any]) -> set[str]:
     """Names of the files that must hold weights."""
-    if INDEX not in files:
-        return {WEIGHTS}
+    whole = f"{weights_stem(str(manifest.get('target')))}.safetensors"
+    index = f"{whole}.index.json"
+    if index not in manifest["files"]:
+        return {whole}
     try:
-        return set(json.loads((root / INDEX).read_text())["weight_map"].values())
+        return set(json.loads((root / index).read_text())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(root / INDEX, "an index of shards", error) from error
+        raise _damaged(root / index, "an index of shards", error) from error
 
 
 def _check_file(root: Path, name: str, entry: Any) -> None:

@@ -23,7 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from shadowc import config
-from shadowc.errors import ArtifactError, CalibrationError, OptionError, ShadowcError
+from shadowc.errors import (
+    ArtifactError,
+    CalibrationError,
+    OptionError,
+    ShadowcError,
+    out_of_memory,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -114,13 +120,14 @@ def _reported(debug: bool) -> Iterator[None]:
         yield
     except ShadowcError as error:
         message, code = f"error: {error}", error.exit_code
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        message, code = f"error: cannot read or write{where}: {error.strerror or error}", 2
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except Exception as error:
+        if out_of_memory(error):
+            message, code = "error: not enough memory for this model", 2
+        elif isinstance(error, OSError):
+            where = f" {error.filename}" if error.filename else ""
+            message, code = f"error: cannot read or write{where}: {error.strerror or error}", 2
+        else:
             raise
-        message, code = "error: not enough memory for this model", 2
     else:
         return
     if debug:
@@ -244,7 +251,7 @@ def calibrate(
         from shadowc.calibration.fit import calibrate as fit
         from shadowc.calibration.progress import peak_memory, showing
         from shadowc.calibration.store import JSON_FILE, save_calibration
-        from shadowc.directory import check_target
+        from shadowc.directory import check_target, only_one
         from shadowc.models import load_model, slug
 
         options = FitOptions(
@@ -269,7 +276,9 @@ def calibrate(
     state = target.with_name(f".{target.name}.unfinished")
     if state.exists() and not fresh:
         err.print("going on with the calibration that was interrupted here")
-    with joined() as ranks, showing("none" if rank else "json" if as_json else "bar") as progress:
+    alone = contextlib.nullcontext() if rank else only_one(target, error=CalibrationError)
+    shown = showing("none" if rank else "json" if as_json else "bar")
+    with alone, joined() as ranks, shown as progress:
         (calibration,) = fit(
             loaded, windows, options,
             data=data, progress=progress, checkpoint=state, fresh=fresh, ranks=ranks,
@@ -406,7 +415,7 @@ def compile_(
         from shadowc import compiler, targets
         from shadowc.artifact import MANIFEST
         from shadowc.calibration.store import load_calibration
-        from shadowc.directory import check_target
+        from shadowc.directory import check_target, only_one
         from shadowc.models import load_model, slug
         from shadowc.selection import default_selection
 
@@ -441,7 +450,7 @@ def compile_(
         check_target(output, marker=MANIFEST, error=ArtifactError)
         loaded = loaded or load_model(name, dtype=_loaded_type(name, dtype))
         stored = _stored_type(loaded.source, dtype)
-    with _compiling(name) as progress:
+    with only_one(output, error=ArtifactError), _compiling(name) as progress:
         artifact = compiler.compile_model(
             loaded,
             None if dense else chosen,
@@ -620,6 +629,10 @@ def run(
     seed: int = 0,
     probe_every: ProbeEvery = 0,
     probe_alarm: ProbeAlarm = None,
+    check_finite: Annotated[
+        bool,
+        typer.Option("--check-finite", help="Stop where numbers overflow, and name the layer."),
+    ] = False,
     allow_jit: AllowJit = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -630,8 +643,9 @@ def run(
         from shadowc.runtime.streaming import generate
 
         model = load(
-            artifact, allow_jit=allow_jit, probe_every=probe_every, probe_alarm=probe_alarm
-        )
+            artifact, allow_jit=allow_jit, probe_every=probe_every, probe_alarm=probe_alarm,
+            check_finite=check_finite,
+        )  # fmt: skip
     show = None if as_json else functools.partial(print, end="", flush=True)
     result = generate(
         model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, show=show
@@ -1027,8 +1041,10 @@ def inspect(
     with _busy("verifying"):
         from shadowc.artifact import MANIFEST, open_artifact
         from shadowc.calibration.store import JSON_FILE, load_calibration
+        from shadowc.directory import recover
         from shadowc.evaluation.report import describe_artifact, describe_calibration
 
+        recover(directory)
         if (directory / JSON_FILE).exists():
             return describe_calibration(load_calibration(directory), directory)
         if (directory / MANIFEST).exists():
@@ -1180,3 +1196,5 @@ def _save(save: Callable[..., None], artifact: Any, section: str, result: Result
         save(artifact, section, result)
     except OSError as error:
         err.print(f"the report of {artifact.path} was not updated: {error.strerror}")
+    except ArtifactError as error:
+        err.print(f"the report was not updated: {error}")

@@ -66,3 +66,11 @@ class KernelError(ShadowcError):
 
 class LengthError(ShadowcError, ValueError):
     """A prompt or generation does not fit in the compiled length."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, numpy, torch or the system says that memory does not suffice."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "annot allocate memory" in text

@@ -26,9 +26,19 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NATIVE_ROWS = 8
 """Dense ops on at most this many tokens run native; more go through a chunked matrix product."""
 
-_ABI = 3
+_ABI = 4
 _BUILD = "run `pip install -e .` or `python setup.py build_ext --inplace` (needs a C++20 compiler)"
 _LIBRARY = torch.library.Library("shadowc", "FRAGMENT")
+
+POSITION = 1
+_REFUSED = {  # kernels/cpu/check.h
+    POSITION: "a position outside of the cache",
+    2: "a null pointer",
+    3: "a size out of range, or that does not fit another one",
+    4: "a keep set that is not ascending, or names units that there are not",
+    5: "an unknown matrix type or activation",
+    6: "not enough memory",
+}
 
 CPU_LAUNCHERS: dict[str, Callable[..., Any]] = {}
 """What runs an op on a CPU, by the op's name: to call it without PyTorch's dispatcher."""
@@ -38,11 +48,13 @@ CUDA_LAUNCHERS: dict[str, Callable[..., Any]] = {}
 
 
 def library_file() -> Path:
-    """The library's file.
+    """The library's file: the package's own, or the one that `SHADOWC_LIBRARY` names.
 
     Raises:
         KernelError: It is not built.
     """
+    if other := os.environ.get("SHADOWC_LIBRARY"):
+        return Path(other)
     found = sorted(Path(__file__).parent.glob("_native*.so"))
     if not found:
         raise KernelError(
@@ -63,7 +75,7 @@ def library() -> ctypes.CDLL:
     """
     file = library_file()
     try:
-        loaded = ctypes.CDLL(str(file))
+        loaded = ctypes.CDLL(str(file.absolute()))
         abi = loaded.shadowc_abi()
     except (OSError, AttributeError) as error:
         raise KernelError(f"{file.name} cannot be loaded", got=error, fix=_BUILD) from error
@@ -116,12 +128,17 @@ def function(name: str, fields: str) -> Callable[..., int]:
         name: The function is `shadowc_<name>`.
         fields: The C struct in the language of the module `struct`: `P` is a pointer (0 for none),
             `q` an int64, `i` an int, `f` a float.
+
+    Returns:
+        A callable that returns 0, or `POSITION`, and raises KernelError for every other refusal.
     """
     pack, symbol = struct.Struct(fields).pack, f"shadowc_{name}"
 
     def call(*values: object) -> int:
-        result: int = getattr(library(), symbol)(pack(*values))
-        return result
+        code: int = getattr(library(), symbol)(pack(*values))
+        if code > POSITION:
+            raise KernelError(f"{symbol} refuses its arguments", got=_REFUSED.get(code, code))
+        return code
 
     return call
 

@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from shadowc.errors import NumericsError
+
 MAX_SHARD_SIZE = 5 * 10**9
 _CHUNK = 1 << 24
 
@@ -77,6 +79,7 @@ def save(
     *,
     max_shard_size: int | None = None,
     advance: Callable[[int], object] = lambda size: None,
+    finite: bool = False,
 ) -> dict[str, str]:
     """Write tensors as `NAME.safetensors`, or as shards with an index as Hugging Face writes them.
 
@@ -86,12 +89,14 @@ def save(
         tensors: By name.
         max_shard_size: Most bytes of tensors in a file, but for one that is larger by itself.
         advance: Called with each number of bytes written.
+        finite: Whether every number must be finite.
 
     Returns:
         SHA-256 by file name, of the safetensors files.
 
     Raises:
         OSError: If a file cannot be written.
+        NumericsError: If a number is not finite; names the tensor.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -106,7 +111,9 @@ def save(
         text = json.dumps(index, indent=2, sort_keys=True)
         (directory / f"{name}.safetensors.index.json").write_text(text + "\n")
     return {
-        file: save_file(directory / file, {key: tensors[key] for key in keys}, advance=advance)
+        file: save_file(
+            directory / file, {key: tensors[key] for key in keys}, advance=advance, finite=finite
+        )
         for file, keys in split.filename_to_tensors.items()
     }
 
@@ -116,8 +123,9 @@ def save_file(
     tensors: Mapping[str, Stored],
     metadata: Mapping[str, str] | None = None,
     advance: Callable[[int], object] = lambda size: None,
+    finite: bool = False,
 ) -> str:
-    """Write one file; returns its SHA-256."""
+    """Write one file; returns its SHA-256. With `finite` as `save`."""
     rank = {dtype: place for place, dtype in enumerate(_TYPES)}
     names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
     header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
@@ -137,13 +145,39 @@ def save_file(
         digest.update(head)
         file.write(head)
         for name in names:
-            data = tensors[name].make().reshape(-1).view(torch.uint8).numpy()
+            made = tensors[name].make()
+            if finite and not all_finite(made):
+                raise _not_finite(name, tensors[name])
+            data = made.reshape(-1).view(torch.uint8).numpy()
             for begin in range(0, len(data), _CHUNK):
                 part = data[begin : begin + _CHUNK].data
                 digest.update(part)
                 file.write(part)
                 advance(len(part))
     return digest.hexdigest()
+
+
+def all_finite(value: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, without a second tensor of its size."""
+    if not (value.is_floating_point() and value.numel()):
+        return True
+    return all(bool(end.isfinite()) for end in torch.aminmax(value.detach()))  # NaN is both
+
+
+def _not_finite(name: str, tensor: Stored) -> NumericsError:
+    if all_finite(tensor.source):
+        return NumericsError(
+            f"the weights of {name} do not fit in {tensor.dtype}",
+            expected=f"at most {torch.finfo(tensor.dtype).max:.5g}",
+            got=f"{float(tensor.source.abs().max()):.5g}",
+            fix="compile with --dtype bf16 or fp32",
+        )
+    return NumericsError(
+        f"the weights of {name} are not finite",
+        expected="numbers",
+        got="NaN" if bool(tensor.source.isnan().any()) else "infinity",
+        fix="fetch the checkpoint again",
+    )
 
 
 def load(files: Iterable[Path]) -> dict[str, Tensor]:

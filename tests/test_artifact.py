@@ -144,7 +144,14 @@ def test_a_failed_write_leaves_nothing(tiny_llama, tmp_path):
 
     target = tmp_path / "out"
     with pytest.raises(ArtifactError, match="No space left on device"):
-        write_artifact(target, manifest={}, tensors={}, programs={}, report={}, pretrained=[Full()])
+        write_artifact(
+            target,
+            manifest={"target": "cpu"},
+            tensors={},
+            programs={},
+            report={},
+            pretrained=[Full()],
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,7 +164,12 @@ def test_a_failed_write_keeps_the_old_artifact(copy):
 
     with pytest.raises(KeyboardInterrupt):
         write_artifact(
-            copy, manifest={}, tensors={}, programs={}, report={}, pretrained=[Interrupted()]
+            copy,
+            manifest={"target": "cpu"},
+            tensors={},
+            programs={},
+            report={},
+            pretrained=[Interrupted()],
         )
     assert (copy / MANIFEST).read_text() == before
     assert [p.name for p in copy.parent.iterdir()] == ["copy"]
@@ -166,7 +178,9 @@ def test_a_failed_write_keeps_the_old_artifact(copy):
 def test_something_else_is_not_overwritten(tiny_llama, tmp_path):
     (tmp_path / "thesis.txt").write_text("dear")
     with pytest.raises(ArtifactError, match="not something shadowc wrote"):
-        write_artifact(tmp_path, manifest={}, tensors={}, programs={}, report={}, pretrained=[])
+        write_artifact(
+            tmp_path, manifest={"target": "cpu"}, tensors={}, programs={}, report={}, pretrained=[]
+        )
     assert (tmp_path / "thesis.txt").read_text() == "dear"
 
 

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from shadowc import stored
-from shadowc.artifact import INDEX, WEIGHTS, open_artifact, write_artifact
+from shadowc.artifact import open_artifact, weights_stem, write_artifact
 from shadowc.compiler import compile_model
 from shadowc.config import ModelShape, Policy
 from shadowc.directory import sha256
@@ -42,8 +42,8 @@ def test_a_file_is_that_of_safetensors(tmp_path):
     described = {name: Stored.of(tensor) for name, tensor in given.items()}
     hashes = stored.save(tmp_path, "model", described, advance=seen.append)
     safetensors.torch.save_file(given, tmp_path / "expected", metadata={"format": "pt"})
-    assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / "expected").read_bytes()
-    assert hashes == {WEIGHTS: sha256(tmp_path / WEIGHTS)}
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert hashes == {"model.safetensors": sha256(tmp_path / "model.safetensors")}
     assert sum(seen) == sum(tensor.nbytes for tensor in given.values())
 
 
@@ -57,8 +57,9 @@ def test_shards_are_those_of_hugging_face(tmp_path):
     save_torch_state_dict(given, theirs, max_shard_size=100)
     names = sorted(path.name for path in ours.iterdir())
     assert len(names) > 5 and names == sorted(path.name for path in theirs.iterdir())
-    names.remove(INDEX)
-    assert json.loads((ours / INDEX).read_text()) == json.loads((theirs / INDEX).read_text())
+    index = "model.safetensors.index.json"
+    names.remove(index)
+    assert json.loads((ours / index).read_text()) == json.loads((theirs / index).read_text())
     for name in names:
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
     assert hashes == {name: sha256(ours / name) for name in names}
@@ -112,8 +113,9 @@ def tokens(session, ids):
 
 def test_shards_give_the_same_tokens(both, tiny_opt):
     whole, shards = (open_artifact(artifact.path) for artifact in both)
-    names = [name for name in shards.manifest["files"] if name.startswith("model-")]
-    assert len(names) > 3 and WEIGHTS in whole.manifest["files"]
+    stem = weights_stem(whole.manifest["target"])
+    names = [name for name in shards.manifest["files"] if name.startswith(f"{stem}-")]
+    assert len(names) > 3 and f"{stem}.safetensors" in whole.manifest["files"]
     weights = whole.tensors()
     largest = max(tensor.nbytes for tensor in weights.values())
     assert all(shards.manifest["files"][n]["bytes"] < max(30_000, largest) + 4096 for n in names)
@@ -150,8 +152,8 @@ def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**9))
     with pytest.raises(ArtifactError, match=r"(?s)does not fit.*40,\d+.* \(40 GB\).*1 GB\) free"):
         write_artifact(
-            tmp_path / "out", manifest={}, tensors={"w": weight}, programs={}, report={},
-            pretrained=[],
+            tmp_path / "out", manifest={"target": "cpu"}, tensors={"w": weight}, programs={},
+            report={}, pretrained=[],
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 

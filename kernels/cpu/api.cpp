@@ -1,7 +1,7 @@
-// The C functions that the launchers call, which have checked all arguments.
+// The C functions that the launchers call. All of them return a Code of check.h: 0 when done.
 #include <cstring>
 
-#include "ops.h"
+#include "check.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -31,7 +31,7 @@ bool supports(const char* isa) {
 using namespace shadowc;
 
 // Counted up with every change of a struct that the launchers pack.
-API int shadowc_abi() { return 3; }
+API int shadowc_abi() { return 4; }
 
 // Selects an instruction set by name, the best one for null; returns its name, null if refused.
 API const char* shadowc_isa(const char* name) {
@@ -70,29 +70,32 @@ struct Qkv {
   int threads, dtype;
 };
 
-API void shadowc_linear(const Linear* p) {
-  table->project({p->x, {{p->weight, p->bias, p->out, p->O, {}}}, 1, p->M, 1, p->I, p->threads,
-                  p->dtype});
+API int shadowc_linear(const Linear* p) {
+  if (p == nullptr) return kPointer;
+  return launch({p->x, {{p->weight, p->bias, p->out, p->O, {}}}, 1, p->M, 1, p->I, p->threads,
+                 p->dtype},
+                table->project);
 }
 
-API void shadowc_qkv(const Qkv* p) {
-  table->project({p->x,
-                  {{p->wq, p->bq, p->q, p->H * p->D, {p->index, p->count, p->H, p->D}},
-                   {p->wk, p->bk, p->k, p->G * p->D, {}},
-                   {p->wv, p->bv, p->v, p->G * p->D, {}}},
-                  3, p->B * p->T, p->T, p->C, p->threads, p->dtype});
+API int shadowc_qkv(const Qkv* p) {
+  if (p == nullptr) return kPointer;
+  if (!are_sizes({p->B, p->T}) || !are_sizes({p->H, p->D}) || !are_sizes({p->G, p->D}))
+    return kSize;
+  return launch({p->x,
+                 {{p->wq, p->bq, p->q, p->H * p->D, {p->index, p->count, p->H, p->D}},
+                  {p->wk, p->bk, p->k, p->G * p->D, {}},
+                  {p->wv, p->bv, p->v, p->G * p->D, {}}},
+                 3, p->B * p->T, p->T, p->C, p->threads, p->dtype},
+                table->project);
 }
 
-API void shadowc_out_proj(const OutProj* p) { table->out_proj(*p); }
-API void shadowc_mlp(const Mlp* p) { table->mlp(*p); }
-API void shadowc_rms_norm(const Norm* p) { table->norm(*p); }
-API void shadowc_select(const Select* p) { table->select(*p); }
-API void shadowc_select_above(const SelectAbove* p) { table->select_above(*p); }
-API void shadowc_choose(const Choose* p) { table->choose(*p); }
+#define CHECKED(op, Arguments) \
+  API int shadowc_##op(const Arguments* p) { return p ? launch(*p, table->op) : kPointer; }
+CHECKED(out_proj, OutProj)
+CHECKED(mlp, Mlp)
+CHECKED(attention, Attention)
+CHECKED(select, Select)
+CHECKED(select_above, SelectAbove)
+CHECKED(choose, Choose)
 
-// Returns 1 when the position is outside of the cache, 0 when done.
-API int shadowc_attention(const Attention* p) {
-  if (*p->position < 0 || *p->position >= p->S) return 1;
-  table->attention(*p);
-  return 0;
-}
+API int shadowc_rms_norm(const Norm* p) { return p ? launch(*p, table->norm) : kPointer; }

@@ -313,6 +313,7 @@ template <class W>
 void project_as(const Project& p, int64_t m0, int64_t M) {
   int64_t rows = 0, tasks = 0;
   for (int i = 0; i < p.matrices; ++i) rows += p.matrix[i].rows;
+  if (rows == 0) return;
   // Several tasks a thread, each one long stream; more threads than rows make tasks of 8.
   const int64_t size = blocks_of(rows, 64 * p.threads) * 8;
   for (int i = 0; i < p.matrices; ++i) tasks += blocks_of(p.matrix[i].rows, size);

@@ -6,8 +6,8 @@
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "onnx.h"
-#include "ops.h"
 #include "pool.h"
 
 extern "C" const char* shadowc_isa(const char* name);
@@ -52,6 +52,9 @@ int dtype_of(std::initializer_list<const Tensor*> matrices) {
                              std::to_string(type));
   return kFloat16;
 }
+
+// Raises what an op refuses: a model's inputs fit one another by now, so this is a second fence.
+void require_done(int code) { require(code == kFine, std::string("refused: ") + reason(code)); }
 
 // Hands out a thread's buffer piece by piece; the kernels use the other slots.
 class Room {
@@ -102,8 +105,9 @@ void linear(const Node&, Call& call) {
   const int64_t rows = weight.dim[0];
   const Tensor bias = call.input(2, {rows});
   float* y = (float*)call.output(0, {x.dim[0], x.dim[1], rows});
-  table->project({x.as<float>(), {{weight.data, bias.as<float>(), y, rows, {}}}, 1,
-                  x.dim[0] * x.dim[1], 1, x.dim[2], team_size(), dtype_of({&weight})});
+  require_done(launch({x.as<float>(), {{weight.data, bias.as<float>(), y, rows, {}}}, 1,
+                       x.dim[0] * x.dim[1], 1, x.dim[2], team_size(), dtype_of({&weight})},
+                      table->project));
 }
 
 constexpr Input kMlpInputs[] = {{"x", kFloat},    {"w1", kAny},         {"b1", kFloat, true},
@@ -127,12 +131,14 @@ void mlp_of(const Node& node, Call& call, bool gated) {
   const Tensor residual = call.input(next, {B, T, C}), mask = call.input(next + 1, {-1, F});
   float* y = (float*)call.output(0, {B, T, C});
   int32_t* rows = (int32_t*)call.output(1, {1, B});
+  std::memset(rows, 0, B * sizeof(int32_t));
   if (B * T == 0) return;
   Room room(keep_size(B, F));
-  table->mlp({x.as<float>(), w1.data, gated ? up.data : nullptr, b1.as<float>(), w2t.data,
-              b2.as<float>(), residual.as<float>(), y, rows, keep_of(mask, B, F, 1, room), B * T,
-              T, C, F, node.activation, node.skip_zeros, team_size(),
-              dtype_of({&w1, &up, &w2t})});
+  require_done(launch({x.as<float>(), w1.data, gated ? up.data : nullptr, b1.as<float>(), w2t.data,
+                       b2.as<float>(), residual.as<float>(), y, rows,
+                       keep_of(mask, B, F, 1, room), B * T, T, C, F, node.activation,
+                       node.skip_zeros, team_size(), dtype_of({&w1, &up, &w2t})},
+                      table->mlp));
 }
 
 void mlp(const Node& node, Call& call) { mlp_of(node, call, false); }
@@ -170,8 +176,10 @@ void attention(const Node& node, Call& call) {
   const int64_t slots = past_key.dim[2];
   const Tensor past_value = call.input(13, {B, G, slots, D});
   const Tensor position = call.input(14, {1});
-  const int64_t filled = *position.as<int64_t>(), total = filled + 1;
+  const int64_t filled = *position.as<int64_t>();
   require(filled >= 0, "attention_mask is shorter than the new tokens");
+  require(filled < kMostValues, "attention_mask is too long");
+  const int64_t total = filled + 1;
   // As long as what is filled, the cache grows; longer, it is memory for the whole sequence.
   const bool grows = slots == filled;
   require(slots >= filled && (grows || slots >= total),
@@ -199,16 +207,19 @@ void attention(const Node& node, Call& call) {
   float *q = room.take<float>(queries), *ctx = room.take<float>(queries);
   float *k = room.take<float>(keys), *v = room.take<float>(keys);
   const int threads = team_size();
-  table->project({x.as<float>(),
-                  {{wq.data, bq.as<float>(), q, H * D, heads},
-                   {wk.data, bk.as<float>(), k, G * D, {}},
-                   {wv.data, bv.as<float>(), v, G * D, {}}},
-                  3, B, 1, C, threads, dtype});
-  table->attention({q, k, v, cos.as<float>(), sin.as<float>(), present[0], present[1], start,
-                    &filled, ctx, {heads.index, heads.count, H, D}, B, H, G, D, S, node.scale,
-                    threads});
-  table->out_proj({ctx, wot.data, bo.as<float>(), residual.as<float>(), y, H * D, heads, B, 1, C,
-                   threads, dtype});
+  require_done(launch({x.as<float>(),
+                       {{wq.data, bq.as<float>(), q, H * D, heads},
+                        {wk.data, bk.as<float>(), k, G * D, {}},
+                        {wv.data, bv.as<float>(), v, G * D, {}}},
+                       3, B, 1, C, threads, dtype},
+                      table->project));
+  require_done(launch({q, k, v, cos.as<float>(), sin.as<float>(), present[0], present[1], start,
+                       &filled, ctx, {heads.index, heads.count, H, D}, B, H, G, D, S, node.scale,
+                       threads},
+                      table->attention));
+  require_done(launch({ctx, wot.data, bo.as<float>(), residual.as<float>(), y, H * D, heads, B, 1,
+                       C, threads, dtype},
+                      table->out_proj));
 }
 
 constexpr Input kSelectInputs[] = {{"scores", kFloat}, {"kernels", kByte, true}};
@@ -222,8 +233,9 @@ void select(const Node& node, Call& call) {
   uint8_t* mask = (uint8_t*)call.output(0, {L, B, N});
   Room room(keep_size(L * B, N));
   int32_t *index = room.take<int32_t>(L * B * N), *count = room.take<int32_t>(L * B);
-  table->select({scores.as<float>(), index, count, B, L, N, node.keep, node.floor, node.local,
-                 team_size()});
+  require_done(launch({scores.as<float>(), index, count, B, L, N, node.keep, node.floor,
+                       node.local, team_size()},
+                      table->select));
   std::memset(mask, 0, L * B * N);
   for (int64_t row = 0; row < L * B; ++row)
     for (int32_t i = 0; i < count[row]; ++i) mask[row * N + index[row * N + i]] = 1;
@@ -242,7 +254,8 @@ Status* create(const CustomOp* op, const Api* api, const Info* info, void** kern
       made.head_dim = integer(api, info, "head_dim");
       check(api->call(kGetAttributeFloat, info, "scale", &made.scale));
       require(made.kv_heads > 0 && made.heads > 0 && made.heads % made.kv_heads == 0 &&
-                  made.head_dim > 0 && made.head_dim <= 256 && made.head_dim % 8 == 0,
+                  made.head_dim > 0 && made.head_dim <= 256 && made.head_dim % 8 == 0 &&
+                  is_number(made.heads) && is_number(made.heads * made.head_dim),
               "heads must be a multiple of kv_heads, head_dim one of 8 up to 256");
     } else if (own->run == select) {
       made.keep = integer(api, info, "keep");

@@ -88,6 +88,9 @@ const Driver& driver() {
 enum Attribute : int { kMajor = 75, kMinor = 76 };
 constexpr int kDynamicSharedMemory = 8;
 constexpr int64_t kStaticSharedMemory = 48 << 10;
+// More than any GPU has, for what a model says of its launches.
+constexpr int64_t kMostSharedMemory = 1 << 20, kMostThreads = 1024;
+constexpr int64_t kMostScratch = (int64_t)1 << 40, kMostRank = 4;
 
 // ---------------------------------------------------------------------------- plans
 
@@ -144,19 +147,18 @@ class Reader {
     std::memcpy(&value, take(sizeof value), sizeof value);
     return value;
   }
-  size_t count() {
+  // A number in [least, most].
+  int64_t number(int64_t least, int64_t most) {
     const int64_t value = number();
-    require(value >= 0, "the tensor `kernels` is damaged");
-    return (size_t)value;
+    require(value >= least && value <= most, "the tensor `kernels` is damaged");
+    return value;
   }
+  // A number of things that follow, each of them at least so many bytes: so no count asks for more
+  // memory than a few times the tensor has.
+  size_t count(size_t bytes_each) { return (size_t)number(0, (int64_t)(left() / bytes_each)); }
   std::string text() {
-    const size_t size = count();
+    const size_t size = count(1);
     return std::string(take(size), size);
-  }
-  std::vector<int64_t> numbers() {
-    std::vector<int64_t> found(count());
-    for (int64_t& value : found) value = number();
-    return found;
   }
   size_t left() const { return end_ - next_; }
 
@@ -169,9 +171,9 @@ class Kernels {
  public:
   Kernels(Reader file, int arch) {
     std::string known;
-    for (size_t archs = file.count(); archs > 0; --archs) {
-      const int64_t built = file.number();
-      const size_t size = file.count();
+    for (size_t archs = file.count(2 * sizeof(int64_t)); archs > 0; --archs) {
+      const int64_t built = file.number(1, 10000);
+      const size_t size = file.count(1);
       const char* section = file.take(size);
       known += " sm_" + std::to_string(built);
       // Machine code runs on its own and on later GPUs of the same generation.
@@ -182,10 +184,11 @@ class Kernels {
     require(arch_ != 0, "the model has kernels for" + known + ", this GPU is sm_" +
                             std::to_string(arch) + "; compile it for this GPU");
     Reader reader(section_.first, section_.second);
-    for (size_t n = reader.count(); n > 0; --n) images_.push_back(load(reader));
-    scratch_ = reader.count();
-    zeros_ = reader.count();
-    plans.resize(reader.count());
+    for (size_t n = reader.count(4 * sizeof(int64_t)); n > 0; --n)
+      images_.push_back(load(reader));
+    scratch_ = reader.number(0, kMostScratch);
+    zeros_ = reader.number(0, kMostScratch);
+    plans.resize(reader.count(4 * sizeof(int64_t)));
     for (Plan& plan : plans) read(reader, plan);
   }
 
@@ -210,8 +213,8 @@ class Kernels {
  private:
   static Image load(Reader& reader) {
     const std::string entry = reader.text();
-    Image made{nullptr, reader.number(), reader.number()};
-    const size_t size = reader.count();
+    Image made{nullptr, reader.number(1, kMostThreads), reader.number(0, kMostSharedMemory)};
+    const size_t size = reader.count(1);
     void* module = nullptr;
     driver().ask(driver().load(&module, reader.take(size)), "loading a kernel");
     driver().ask(driver().function(&made.function, module, entry.c_str()), "cuModuleGetFunction");
@@ -221,20 +224,53 @@ class Kernels {
     return made;
   }
 
+  // The sizes of an input or output: fixed, or one of those that only a run knows.
+  static Argument argument(Reader& reader) {
+    Argument made{reader.number(0, INT32_MAX), {}};
+    made.dims.resize(reader.number(0, kMostRank));
+    for (int64_t& dim : made.dims) dim = reader.number(kTotal, INT32_MAX);
+    return made;
+  }
+
+  // A place in what a launch may touch: one byte of number, the rest bytes from its beginning.
+  static bool is_place(int64_t value, const std::vector<Argument>& arguments) {
+    const size_t place = value & 0xff;
+    if (value < 0 || place >= arguments.size() || arguments[place].type == 0) return false;
+    int64_t bytes = sizeof(int64_t);  // of a value, at most
+    for (int64_t dim : arguments[place].dims) {
+      if (dim < 0) return true;  // as large as a run says
+      if (dim > 0 && bytes > INT64_MAX / dim) return false;
+      bytes *= dim;
+    }
+    return value >> 8 <= bytes;
+  }
+
+  bool is_right(const Parameter& parameter, const Plan& plan) const {
+    const int64_t value = parameter.value;
+    switch (parameter.source) {
+      case kFromInput: return is_place(value, plan.inputs);
+      case kFromOutput: return is_place(value, plan.outputs);
+      case kFromScratch: return value >= 0 && (size_t)value <= scratch_;
+      case kFromZeros: return value >= 0 && (size_t)value <= zeros_;
+      default: return parameter.source >= kNumber && parameter.source <= kFilledNow;
+    }
+  }
+
   void read(Reader& reader, Plan& plan) const {
     plan.op = reader.text();
     for (auto* arguments : {&plan.inputs, &plan.outputs}) {
-      arguments->resize(reader.count());
-      for (Argument& argument : *arguments) argument = {reader.number(), reader.numbers()};
+      arguments->resize(reader.count(2 * sizeof(int64_t)));
+      for (Argument& each : *arguments) each = argument(reader);
     }
-    plan.launches.resize(reader.count());
+    plan.launches.resize(reader.count(5 * sizeof(int64_t)));
     for (Launch& launch : plan.launches) {
-      launch.image = reader.number();
-      require((size_t)launch.image < images_.size(), "the tensor `kernels` is damaged");
-      for (int64_t& size : launch.grid) size = reader.number();
-      launch.parameters.resize(reader.count());
-      for (Parameter& parameter : launch.parameters)
+      launch.image = reader.number(0, (int64_t)images_.size() - 1);
+      for (int64_t& size : launch.grid) size = reader.number(1, INT32_MAX);
+      launch.parameters.resize(reader.count(2 * sizeof(int64_t)));
+      for (Parameter& parameter : launch.parameters) {
         parameter = {reader.number(), reader.number()};
+        require(is_right(parameter, plan), "the tensor `kernels` is damaged");
+      }
     }
   }
 
@@ -358,6 +394,8 @@ void run(const CudaNode& node, const Call& call, void* stream) {
     outputs[i] = (Address)call.output(i, dims);
     require(outputs[i] % 16 == 0, "an output must begin at a multiple of 16 bytes");
   }
+  require(!node.cached || inputs[kPastKey].dim[2] == inputs[kPastKey + 1].dim[2],
+          "past_key and past_value differ in length");
   if (node.cached)
     for (size_t i = 0; i < 2; ++i)
       move_cache(inputs[kPastKey + i], outputs[kPresentKey + i], filled, slots, stream);

@@ -49,9 +49,18 @@ struct Pool {
   // fields only while the caller waits for it.
   std::atomic<uint32_t> job{0};
   std::atomic<uint32_t> done{0};
+  std::atomic<bool> failed{false};  // no thread but the caller has somebody who catches
   Task task = nullptr;
   void* argument = nullptr;
   int workers = 0;
+
+  void attempt() {
+    try {
+      task(argument);
+    } catch (const std::bad_alloc&) {
+      failed.store(true, std::memory_order_relaxed);
+    }
+  }
 
   void work() {
     uint32_t last = 0;  // number of the job that this worker did; numbers start at 1
@@ -61,7 +70,7 @@ struct Pool {
       } else if (job.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel,
                                            std::memory_order_acquire)) {
         last = now >> 16;
-        task(argument);
+        attempt();
         done.fetch_add(1, std::memory_order_release);
         done.notify_one();
         now = job.load(std::memory_order_acquire);
@@ -90,10 +99,11 @@ struct Pool {
     const uint32_t next = number == 0xffff ? 1 : number + 1;
     job.store(next << 16 | static_cast<uint32_t>(size - 1) << 8, std::memory_order_release);
     job.notify_all();
-    task(argument);
+    attempt();  // the workers must be done with what is on the stack, whatever happens
     const uint32_t joined = job.exchange(next << 16, std::memory_order_acq_rel) & 255;
     for (uint32_t now; (now = done.load(std::memory_order_acquire)) != joined;)
       wait_change(done, now);
+    if (failed.exchange(false)) throw std::bad_alloc();
   }
 };
 
@@ -161,9 +171,11 @@ void* scratch(int slot, size_t bytes) {
   Buffer& buffer = buffers[slot];
   if (buffer.bytes < bytes) {
     std::free(buffer.data);
-    buffer.bytes = (bytes + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(64, buffer.bytes);
+    buffer.bytes = 0;
+    const size_t size = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(64, size);
     if (buffer.data == nullptr) throw std::bad_alloc();
+    buffer.bytes = size;
   }
   return buffer.data;
 }

@@ -32,6 +32,7 @@ from shadowc.calibration.data import Example
 from shadowc.calibration.products import OneDnn
 from shadowc.config import ModelShape
 from shadowc.errors import CalibrationError, UnsupportedModelError
+from shadowc.stored import all_finite
 
 # architecture -> output projections of attention and MLP, the norm between them, what reads the
 # norms before the MLP and before attention, and the norm after the last layer
@@ -106,6 +107,18 @@ class Batch:
             CalibrationError: If the gradients are not finite; after all units were given.
         """
         return self._units
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise CalibrationError if a weight is NaN or infinite, and name it."""
+    for name, value in model.named_parameters():
+        if not all_finite(value):
+            raise CalibrationError(
+                f"the weights of {name} are not finite",
+                expected="numbers",
+                got="NaN" if value.isnan().any() else "infinity",
+                fix="fetch the checkpoint again",
+            )
 
 
 class Collector:
@@ -244,14 +257,7 @@ class Collector:
 
     def _not_finite(self, ids: Tensor, attention: Tensor | None) -> CalibrationError:
         """What makes the loss of a batch something that is not finite."""
-        for name, value in self.model.named_parameters():
-            if not value.isfinite().all():
-                return CalibrationError(
-                    f"the weights of {name} are not finite",
-                    expected="numbers",
-                    got="NaN" if value.isnan().any() else "infinity",
-                    fix="fetch the checkpoint again",
-                )
+        check_weights(self.model)
         where = "the output"
         with torch.no_grad():
             x, common = self._embed(ids, attention)

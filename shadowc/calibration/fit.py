@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shadowc.calibration.batches import Group, Plan, counting, groups, plan, split
 from shadowc.calibration.checkpoint import Checkpoint, temporary
-from shadowc.calibration.collect import Collector
+from shadowc.calibration.collect import Collector, check_weights
 from shadowc.calibration.criteria import find_criterion
 from shadowc.calibration.data import Example
 from shadowc.calibration.measure import Fit, Measurement
@@ -40,7 +40,7 @@ from shadowc.calibration.ridge import (
 from shadowc.calibration.store import Calibration
 from shadowc.calibration.trained import Samples, train
 from shadowc.config import DEFAULT_PREDICTOR, FEATURES, FITS, PREDICTORS
-from shadowc.errors import CalibrationError, OptionError
+from shadowc.errors import CalibrationError, OptionError, out_of_memory
 from shadowc.models import LoadedModel
 from shadowc.versions import versions
 
@@ -228,6 +228,7 @@ def calibrate(
             memory does not suffice for one example, or if numbers are not finite.
     """
     start = time.monotonic()
+    check_weights(loaded.model)
     training, held_out = split(examples)
     work = _Work(
         loaded, options, training, held_out, _about(loaded, examples, options, data),
@@ -246,7 +247,7 @@ def calibrate(
             features, fits = _passes(work, chosen)
             break
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             tried, chosen = chosen, chosen.smaller(longest)
             if work.ranks.size > 1 or chosen is None:
@@ -478,12 +479,6 @@ def _every(counts: Tensor, step: int) -> Tensor:
     chosen = torch.zeros_like(counts)
     chosen.view(-1)[counts.flatten().nonzero()[::step]] = True
     return chosen
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller batch might do."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error)
 
 
 def _bytes_of_sums(work: _Work) -> int:

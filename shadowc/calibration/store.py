@@ -6,6 +6,7 @@ them, then the shapes, before anything is used.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from shadowc.calibration.damage import LEVELS
 from shadowc.calibration.predictor import Predictor, ShadowPredictor, TwoLayerPredictor
 from shadowc.calibration.quantiles import QUANTILES
 from shadowc.config import ModelShape, predictor_name, taps_of
-from shadowc.directory import atomic_directory, sha256
+from shadowc.directory import atomic_directory, recover, sha256
 from shadowc.errors import CalibrationError, OptionError
 
 SCHEMA = 4
@@ -173,8 +174,20 @@ def load_calibration(directory: str | Path) -> Calibration:
             the file.
     """
     path = Path(directory) / JSON_FILE
+    recover(path.parent)
+    while True:
+        text = _read(path)
+        try:
+            return _load(path, text)
+        except CalibrationError:
+            if _read(path) == text:
+                raise  # otherwise another calibration took its place meanwhile
+
+
+def _load(path: Path, text: bytes) -> Calibration:
+    """The calibration of a header."""
     try:
-        header = json.loads(_read(path))
+        header = json.loads(text)
     except ValueError as error:
         raise _damaged(path, "JSON", error) from error
     schema = header.pop("schema", None) if isinstance(header, dict) else None
@@ -189,7 +202,8 @@ def load_calibration(directory: str | Path) -> Calibration:
     payload = _read(tensor_path)
     try:
         entry = header.pop("tensors")
-        if len(payload) != entry["bytes"] or sha256(tensor_path) != entry["sha256"]:
+        digest = hashlib.sha256(payload).hexdigest()  # of what is used, whatever is there by now
+        if len(payload) != entry["bytes"] or digest != entry["sha256"]:
             size = f"{entry['bytes']} bytes with sha256 {entry['sha256']}"
             raise _damaged(tensor_path, size, f"{len(payload)} bytes, or another hash")
         tensors = safetensors.torch.load(payload)

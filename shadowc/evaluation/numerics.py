@@ -15,6 +15,7 @@ from shadowc.evaluation.masks import teacher_forced, with_given_masks
 from shadowc.runtime.cache import KVCache
 from shadowc.runtime.session import Session
 from shadowc.runtime.usage import Usage
+from shadowc.stored import all_finite
 from shadowc.targets import Tolerances
 
 if TYPE_CHECKING:
@@ -44,14 +45,16 @@ def check_numerics(session: Session, loaded: LoadedModel, tolerances: Tolerances
         `Usage.to_json`).
 
     Raises:
-        NumericsError: If a difference exceeds its tolerance; names both sides.
+        NumericsError: If a difference exceeds its tolerance; names both sides. If numbers are not
+            finite; names the layer.
     """
     ids = _ids(loaded, session.max_seq_len)
     tokens = ids.shape[1]
     prompt = min(PROMPT_TOKENS, tokens - 1)
 
-    with in_float32(loaded.model):
+    with in_float32(loaded.model), naming_overflows(loaded.model):
         original = loaded.model(input_ids=ids).logits
+    session.check_finite = True
     scale = float(original.abs().max())
     dense = session.step(ids, session.new_cache(1, tokens), program="dense")["logits"].cpu()
     dense_error = float((dense[:, -1] - original[:, -1]).abs().max())
@@ -129,6 +132,31 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             hook.remove()
         for module in list(narrow):
             restore(module)
+
+
+@contextlib.contextmanager
+def naming_overflows(model: nn.Module) -> Iterator[None]:
+    """Raise NumericsError where a module of the original model gives what is not finite."""
+
+    def look(name: str, value: object) -> None:
+        if isinstance(value, Tensor) and not all_finite(value):
+            raise NumericsError(
+                f"the activations of {name} are not finite in the original model",
+                expected="finite numbers",
+                got="NaN" if bool(value.isnan().any()) else "infinity",
+                fix="calibrate and compile another checkpoint",
+            )
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, value, name=name: look(name, value))
+        for name, module in model.named_modules()
+        if module._parameters
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def mask_tolerance(session: Session, tolerances: Tolerances) -> float:

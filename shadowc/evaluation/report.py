@@ -11,6 +11,7 @@ from typing import Any
 
 from shadowc.artifact import Artifact, update_report
 from shadowc.calibration.store import Calibration
+from shadowc.directory import replace_text
 from shadowc.evaluation import figures
 
 HTML = "report.html"
@@ -91,11 +92,7 @@ def layers(counts: Mapping[str, Any]) -> list[tuple[float, float, float]]:
 
 def save_section(artifact: Artifact, section: str, value: Mapping[str, Any]) -> None:
     """Add what was measured to the artifact's report, and draw the page again."""
-    update_report(artifact, section, value)
-    page = render(artifact)
-    partial = artifact.path / f"{HTML}.tmp"
-    partial.write_text(page)
-    partial.replace(artifact.path / HTML)
+    update_report(artifact, section, value, lambda changed: {HTML: render(changed)})
 
 
 def render(artifact: Artifact) -> str:
@@ -213,9 +210,7 @@ def _text(value: object) -> str:
 
 def save_sweep(result: Mapping[str, Any], directory: Path) -> None:
     """Draw the page of a sweep beside its numbers."""
-    partial = directory / f"{HTML}.tmp"
-    partial.write_text(render_sweep(result), encoding="utf-8")
-    partial.replace(directory / HTML)
+    replace_text(directory / HTML, render_sweep(result))
 
 
 def render_sweep(result: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ from shadowc.calibration.progress import showing
 from shadowc.calibration.store import JSON_FILE, Calibration, load_calibration, save_calibration
 from shadowc.compiler import check_same_model
 from shadowc.config import ModelShape, Policy
-from shadowc.directory import check_fingerprint, sha256
+from shadowc.directory import check_fingerprint, replace_text, sha256
 from shadowc.errors import OptionError
 from shadowc.evaluation.masks import mask_source, with_given_masks
 from shadowc.evaluation.oracle import true_scores, unit_factors
@@ -149,7 +149,7 @@ class State:
         self.records: dict[str, Record] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if fresh or not path.exists():
-            path.write_text(json.dumps(fingerprint) + "\n")
+            replace_text(path, json.dumps(fingerprint) + "\n")
         else:
             text = path.read_text()
             whole = text[: text.rfind("\n") + 1]
@@ -162,7 +162,7 @@ class State:
                     f"{path} is damaged", got=error, fix="--fresh to start over"
                 ) from error
             if whole != text:
-                path.write_text(whole)
+                replace_text(path, whole)
         self._file = path.open("a")
 
     def get(self, name: str, measure: Callable[[], Record]) -> Record:
@@ -241,9 +241,7 @@ def sweep(
         "calibration_seed": calibration.seed,
     }
     result = {"kind": "sweep", **about, **facts, **found}
-    partial_file = output / f"{REPORT}.tmp"
-    partial_file.write_text(json.dumps(result, indent=2) + "\n")
-    partial_file.replace(output / REPORT)
+    replace_text(output / REPORT, json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -63,6 +63,9 @@ class KVCache:
         """`take_back` as transformers asks for it where this model drafts: a number below 0."""
         self.take_back(abs(tokens_to_remove))
 
+    def settle(self) -> None:
+        """Bring keys and values to where `tensors` says they are; here they always are."""
+
     def check_room(self, tokens: int) -> None:
         """Raise LengthError unless `tokens` more fit."""
         if self.length + tokens > self.capacity:

@@ -2,7 +2,8 @@
 
 An artifact's weights are packed: as the checkpoint's own model type they would load as noise. So
 its `model_type` is `shadowc`, which a runtime without this package refuses. ONNX Runtime's servers
-know model types by name, and read weights from the graph alone: those artifacts keep theirs.
+know model types by name, and read weights from the graph alone: those artifacts keep theirs (and
+name the files of their weights otherwise, see `artifact.weights_stem`).
 """
 
 from __future__ import annotations

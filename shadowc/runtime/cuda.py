@@ -21,7 +21,7 @@ from shadowc.errors import LengthError
 from shadowc.runtime.cache import KVCache
 from shadowc.runtime.lazy import LAZY, LazyState
 from shadowc.runtime.program import Program
-from shadowc.runtime.session import KEEP_PREFIXES, Session
+from shadowc.runtime.session import KEEP_PREFIXES, Session, one_at_a_time
 
 #: Programs that are made for one token.
 STEPS = ("decode", "hold", "exact", "full", *LAZY.values())
@@ -129,6 +129,7 @@ class CudaSession(Session):
         torch.cuda.synchronize(self._device)
 
     @torch.inference_mode()
+    @one_at_a_time
     def new_cache(self, batch: int, capacity: int | None = None) -> CudaCache:
         """An empty cache for `batch` rows of up to `capacity` (default S) tokens.
 
@@ -212,6 +213,7 @@ class CudaSession(Session):
         return other
 
     @torch.inference_mode()
+    @one_at_a_time  # before the profile, which is one of the process
     def step(self, ids: Tensor, cache: KVCache, *, program: str | None = None) -> dict[str, Any]:
         """As `Session.step`; a token runs as one graph launch.
 

@@ -27,6 +27,7 @@ def load(
     allow_jit: bool = False,
     probe_every: int | None = None,
     probe_alarm: float | None = None,
+    check_finite: bool = False,
 ) -> ShadowcForCausalLM:
     """Load an artifact after checking its schema, sizes and hashes.
 
@@ -35,6 +36,7 @@ def load(
         allow_jit: Run on another GPU than the target's, with kernels compiled here (needs Triton).
         probe_every: Probe every n-th request, see `runtime/watch.py`; 0 never.
         probe_alarm: Recall below which probes warn.
+        check_finite: Stop where logits are not finite, and name the layer.
 
     Returns:
         A model for transformers' `generate`, with its `tokenizer`.
@@ -51,6 +53,7 @@ def load(
     watch = Watch(probe_every, probe_alarm)
     artifact = open_artifact(path)
     session = load_session(artifact, allow_jit=allow_jit)
+    session.check_finite = check_finite
     try:
         config = AutoConfig.from_pretrained(artifact.path)
         generation = GenerationConfig.from_pretrained(artifact.path)
@@ -61,6 +64,7 @@ def load(
             got=error,
             fix="compile the artifact again",
         ) from error
+    artifact.check_current()
     announce(artifact.path, artifact.manifest, "transformers")
     return ShadowcForCausalLM(config, generation, session, artifact.manifest, tokenizer, watch)
 
@@ -93,4 +97,6 @@ def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
         if dense_from is not None:
             session.dense_from_batch, session.dense_program = dense_from, manifest["dense_program"]
             session.program(session.dense_program)  # it must be there
-        return backend.serve(session, artifact.path, batches, allow_jit=allow_jit)
+        served = backend.serve(session, artifact.path, batches, allow_jit=allow_jit)
+    artifact.check_current()  # what was checked is what was read
+    return served

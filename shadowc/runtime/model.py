@@ -15,7 +15,7 @@ from shadowc.errors import LengthError, OptionError
 from shadowc.runtime.ahead import sample_ahead
 from shadowc.runtime.cache import KVCache
 from shadowc.runtime.config import ShadowcConfig
-from shadowc.runtime.session import Session
+from shadowc.runtime.session import Session, no_tokens
 from shadowc.runtime.watch import Watch
 
 _LOADING = ("config", "device_map", "dtype", "torch_dtype", "quantization_config")
@@ -203,11 +203,12 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
     def counters(self) -> dict[str, float]:
         """What ran since the artifact was loaded: `Counters.read` and `Watch.mean`."""
-        return {
-            **self.session.counters.read(),
-            "requests": self.watch.requests,
-            **self.watch.mean(),
-        }
+        with self.session.lock:
+            return {
+                **self.session.counters.read(),
+                "requests": self.watch.requests,
+                **self.watch.mean(),
+            }
 
     def _score(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
@@ -217,6 +218,8 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
         if attention_mask is not None:
             padding(attention_mask.flip(1))
+        if not input_ids.numel():
+            raise no_tokens()
         if input_ids.shape[1] > self.session.max_seq_len:
             raise LengthError(
                 "the sequence is longer than the compiled length",
@@ -232,10 +235,14 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
     def generate(self, *arguments: Any, **options: Any) -> Any:
         """As transformers' own; every n-th request is probed, if that was asked for."""
+        inputs = arguments[0] if arguments else options.get("inputs", options.get("input_ids"))
+        if isinstance(inputs, Tensor) and not inputs.numel():
+            raise no_tokens()
         found = super().generate(*arguments, **options)
-        if self.watch.due():
+        with self.session.lock:
+            due = self.watch.due()
+        if due:
             ids = found if isinstance(found, Tensor) else found.sequences
-            inputs = arguments[0] if arguments else options.get("inputs", options.get("input_ids"))
             mask = options.get("attention_mask")
             start = 0 if mask is None else int(padding(mask)[0])
             prompt = 1 if inputs is None else inputs.shape[1]

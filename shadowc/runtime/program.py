@@ -9,6 +9,7 @@ archive is not used because it stores example inputs as a pickle and takes secon
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,39 @@ class Program:
         module = fx.GraphModule(torch.nn.Module(), _direct(self.graph) if on_cpu else self.graph)
         run = module.forward  # the generated function itself: no nn.Module call overhead
         return lambda *inputs: run(*values, *inputs)
+
+    def first_not_finite(
+        self, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]
+    ) -> str | None:
+        """Run operator by operator, and name the first result that is not finite.
+
+        Minus infinity is what masks of attention are made of: it counts only if nothing else does.
+
+        Args:
+            tensors: Weights by name.
+            inputs: The inputs, which are written as by a run.
+
+        Returns:
+            Operator, and the weights by which it is found in the model; None if all are finite.
+        """
+        found: list[str | None] = [None, None]
+        weights = dict(zip(self.graph.find_nodes(op="placeholder"), self.weights, strict=False))
+
+        class Watched(fx.Interpreter):  # type: ignore[misc]
+            def run_node(self, node: fx.Node) -> Any:
+                value = super().run_node(node)
+                parts = value if isinstance(value, (list, tuple)) else (value,)
+                for part in parts if node.op == "call_function" else ():
+                    if isinstance(part, Tensor) and part.is_floating_point():
+                        wrong = part[~part.isfinite()]
+                        kind = int(bool((wrong == -torch.inf).all()))
+                        if wrong.numel() and found[kind] is None:
+                            found[kind] = f"first in {_described(node, weights)}"
+                return value
+
+        values = [tensors[name] for name in self.weights]
+        Watched(fx.GraphModule(torch.nn.Module(), self.graph)).run(*values, *inputs)
+        return found[0] or found[1]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `Program.from_json` reads them back."""
@@ -138,6 +172,20 @@ def to_program(module: fx.GraphModule, outputs: Sequence[str]) -> Program:
             values[node] = graph.node_copy(node, lambda n: values[n])
     graph.lint()
     return Program(tuple(inputs), tuple(outputs), tuple(weights), graph)
+
+
+def _described(node: fx.Node, weights: Mapping[fx.Node, str]) -> str:
+    """A node by its operator and the closest weights before it."""
+    ahead, seen = [node], {node}
+    while ahead:
+        if names := [weights[one] for one in ahead if one in weights]:
+            layer = re.search(r"\blayers\.(\d+)\.", names[0])
+            place = f"layer {layer[1]}" if layer else "no layer"
+            return f"{place}, at {node.name} ({', '.join(names[:3])})"
+        ahead = [one for each in ahead for one in each.all_input_nodes if one not in seen]
+        seen.update(ahead)
+    name: str = node.name
+    return name
 
 
 def _direct(graph: fx.Graph) -> fx.Graph:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from shadowc.config import ModelShape, Policy
-from shadowc.errors import ArtifactError, OptionError
+from shadowc.errors import ArtifactError, LengthError, NumericsError, OptionError
 from shadowc.runtime.cache import KVCache
 from shadowc.runtime.lazy import CATCH_UP, LAZY, LazyState
 from shadowc.runtime.program import Program
@@ -33,9 +35,22 @@ PROGRAMS = {
 #: How the names of keep sets begin among a program's results.
 KEEP_PREFIXES = ("head_", "neuron_")
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def one_at_a_time(method: _Method) -> _Method:
+    """Let threads that call a session's method wait for each other."""
+
+    @functools.wraps(method)
+    def alone(self: Session, *arguments: Any, **options: Any) -> Any:
+        with self.lock:
+            return method(self, *arguments, **options)
+
+    return alone  # type: ignore[return-value]
+
 
 class Session:
-    """Runs the programs of an artifact.
+    """Runs the programs of an artifact; threads may share it, their steps run one after another.
 
     Args:
         shape: The model's shape.
@@ -45,6 +60,10 @@ class Session:
         keep: Keep sets that never change (`static`), by the names that programs give them.
         max_seq_len: S, the compiled length.
         predictor_bytes: Bytes of predictor weights that a decoded token reads, on average.
+
+    Attributes:
+        check_finite: Whether a step whose logits are not finite raises, and names the layer.
+        lock: Held by the thread that runs a step.
     """
 
     def __init__(
@@ -62,6 +81,9 @@ class Session:
         self.programs, self.tensors, self.static_keep = programs, tensors, dict(keep)
         self._bound: dict[str, Callable[..., tuple[Any, ...]]] = {}
         self.counters = Counters(shape)
+        self.check_finite = False
+        self.lock = threading.RLock()  # shared by what `with_program` makes
+        self._examined: str | None = None  # "" while a step is searched, then what was found
 
     #: Whether a step only starts work, so that it pays to launch the next one early.
     runs_ahead = False
@@ -80,6 +102,7 @@ class Session:
     def synchronize(self) -> None:
         """Wait until everything that was started is done."""
 
+    @one_at_a_time
     def run(self, name: str, *inputs: Tensor) -> dict[str, Any]:
         """Run one program by name and return its results by name.
 
@@ -90,6 +113,9 @@ class Session:
         """
         program = self.program(name)
         bound = self._bound.get(name)
+        if self._examined == "":
+            given = [value.to(self.device) for value in inputs]
+            self._examined = program.first_not_finite(self.tensors, given) or ""
         if bound is None:
             bound = self._bound[name] = program.bind(self.tensors)
         here = (value.to(self.device) for value in inputs)
@@ -153,6 +179,7 @@ class Session:
         return lazy.tensors
 
     @torch.inference_mode()
+    @one_at_a_time
     def step(self, ids: Tensor, cache: KVCache, *, program: str | None = None) -> dict[str, Any]:
         """Feed tokens and return what the program returns.
 
@@ -169,18 +196,61 @@ class Session:
             `rows_l`: rows of the second projection read in layer l).
 
         Raises:
-            LengthError: If the tokens do not fit in the cache.
+            LengthError: If there is no token, or the tokens do not fit in the cache.
+            NumericsError: If `check_finite` and the logits are not finite.
         """
+        if not ids.numel():
+            raise no_tokens()
         prompt = ids.shape[1] > 1 or cache.length == 0
+        before = cache.length, cache.steps, dict(cache.keep)
         results = self._step(ids, cache, program)
+        if self.check_finite and not bool(results["logits"].isfinite().all()):
+            where = self._where(ids, cache, program, before)
+            raise NumericsError(
+                f"the logits of token {cache.length} are not finite: {where}",
+                expected="finite numbers",
+                got="NaN" if bool(results["logits"].isnan().any()) else "infinity",
+                fix="compile with --dtype bf16 or fp32",
+            )
         if prompt:
             self.counters.prompt_tokens += ids.numel()
         else:
             self.counters.decoded(len(ids), results if program else cache.keep)
         return results
 
+    def _where(
+        self,
+        ids: Tensor,
+        cache: KVCache,
+        program: str | None,
+        before: tuple[int, int, dict[str, Tensor]],
+    ) -> str:
+        """Where numbers stop being finite: the step once more, operator by operator.
+
+        Args:
+            ids: int64 [B, T], as of the step.
+            cache: As the step left it; what it wrote is written again.
+            program: As of the step.
+            before: Length, steps and keep sets that the cache had.
+        """
+        after = cache.length, cache.steps, cache.keep
+        self._examined = ""
+        try:
+            cache.settle()
+            cache.length, cache.steps, cache.keep = before
+            Session._step(self, ids, cache, program)
+            return self._examined or "in the output"
+        except ArtifactError:  # a model of another runtime: what it left in the cache
+            for index, tensor in enumerate(cache.tensors):
+                if not bool(tensor[:, :, : after[0]].isfinite().all()):
+                    return f"at or before the keys and values of layer {index // 2}"
+            return f"in layer {self.shape.layers - 1} or in the output"
+        finally:
+            self._examined = None
+            cache.length, cache.steps, cache.keep = after
+
     def _step(self, ids: Tensor, cache: KVCache, program: str | None) -> dict[str, Any]:
-        """What `step` does but count."""
+        """What `step` does but check and count."""
         batch, tokens = ids.shape
         cache.check_room(tokens)
         prompt = tokens > 1 or cache.length == 0
@@ -234,3 +304,12 @@ class Session:
             fresh = policy.refresh and cache.steps % policy.refresh == 0
             name = "decode" if fresh else "hold"
         return name if cache.lazy is None else LAZY[name]
+
+
+def no_tokens() -> LengthError:
+    """The error for an empty prompt."""
+    return LengthError(
+        "the prompt has no tokens",
+        expected="at least one",
+        fix="begin with the tokenizer's bos_token, or with some text",
+    )

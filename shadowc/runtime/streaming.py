@@ -60,7 +60,8 @@ def generate(
         `policy_in_effect`.
 
     Raises:
-        LengthError: If prompt and new tokens do not fit in the compiled length.
+        LengthError: If the prompt has no tokens, or prompt and new tokens do not fit in the
+            compiled length.
     """
     torch.manual_seed(seed)
     inputs = model.tokenizer(prompt, return_tensors="pt").to(model.device)

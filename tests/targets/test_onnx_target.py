@@ -464,7 +464,16 @@ def test_too_many_tokens(llama_artifact):
         session.step(torch.zeros(1, 9, dtype=torch.int64), session.new_cache(1, 8))
 
 
-@pytest.mark.parametrize("name", [MODEL, "model.safetensors"])
+def test_transformers_does_not_take_its_weights_for_the_checkpoints(llama_artifact):
+    from transformers import AutoModelForCausalLM
+
+    import shadowc  # noqa: F401
+
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(llama_artifact.path)
+
+
+@pytest.mark.parametrize("name", [MODEL, "weights.safetensors"])
 def test_a_missing_or_truncated_file(llama_artifact, tmp_path, name):
     import shutil
 
@@ -566,3 +575,14 @@ def test_positions_beyond_the_model(tiny_opt, tmp_path):
         model = open_plain(artifact.path / MODEL, library)
         with pytest.raises(Exception, match="out of (data )?bounds"):
             model.run(None, token_after(model, 3, [1] * 4, position=64))
+
+
+def test_an_overflow_is_named(llama_artifact, tiny_llama):
+    session = load_session(llama_artifact)
+    session.check_finite = True
+    ids, cache = tiny_llama.ids(1, 6), session.new_cache(1)
+    for begin, end in ((0, 4), (4, 5)):
+        session.step(ids[:, begin:end], cache)
+    cache.tensors[2][:, :, 1] = float("inf")  # keys of layer 1
+    with pytest.raises(NumericsError, match="token 6 are not finite: .*layer 1"):
+        session.step(ids[:, 5:], cache)

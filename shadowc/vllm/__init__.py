@@ -1,0 +1,1 @@
+"""The plugin with which vLLM serves artifacts: see `plugin.py`."""
