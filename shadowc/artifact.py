@@ -181,8 +181,9 @@ def write_artifact(
             digest = hashes.get(name) or sha256(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": digest}
         full = {"schema": SCHEMA, **manifest, "files": files}
-        (new / MANIFEST).write_text(json.dumps(full, indent=2) + "\n")
-    return Artifact(target, full, _place(target))
+        text = json.dumps(full, indent=2)
+        (new / MANIFEST).write_text(text + "\n")
+    return Artifact(target, json.loads(text), _place(target))
 
 
 def update_report(
