@@ -137,7 +137,8 @@ def _module(program: Program, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
             if not hasattr(owner, part):
                 owner.add_module(part, torch.nn.Module())
             owner = owner.get_submodule(part)
-        owner.register_buffer(leaf, tensors[name])
+        # Not a buffer: AOTInductor copies those.
+        owner.register_parameter(leaf, torch.nn.Parameter(tensors[name], requires_grad=False))
         values[node] = graph.get_attr(name)
     for node in program.graph.nodes:
         if node.op == "output":

@@ -115,11 +115,13 @@ class ShadowcForCausalLM(nn.Module):
         return hidden[:, 0]
 
     def _count(self, prompt: int, decoded: int, kept: dict[str, Tensor]) -> None:
-        self.counters.prompt_tokens += prompt
-        if decoded:
-            self.counters.decoded(decoded, kept)
+        batch = Counters(self._session.shape)
+        for counters in (self.counters, batch):
+            counters.prompt_tokens += prompt
+            if decoded:
+                counters.decoded(decoded, kept)
         if self._metrics is not None:
-            self._metrics.update(self.counters)
+            self._metrics.add(batch)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Logits float32 [n, V] of hidden states [n, C]."""
@@ -137,7 +139,6 @@ class _Metrics:
     def __init__(self) -> None:
         from prometheus_client import Counter
 
-        self._seen: dict[str, int] = {}
         self._counters = {
             "prompt_tokens": Counter("shadowc_prompt_tokens", "Tokens of prompts, which run dense"),
             "tokens": Counter("shadowc_tokens", "Tokens decoded"),
@@ -147,8 +148,7 @@ class _Metrics:
             "neurons_dense": Counter("shadowc_neurons_dense", "Neurons that it would run"),
         }
 
-    def update(self, counters: Counters) -> None:
-        """Add what ran since the last time."""
-        for name, value in counters.read().items():
-            self._counters[name].inc(value - self._seen.get(name, 0))
-            self._seen[name] = value
+    def add(self, batch: Counters) -> None:
+        """Add what ran for a batch."""
+        for name, value in batch.read().items():
+            self._counters[name].inc(value)

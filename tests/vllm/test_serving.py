@@ -99,7 +99,7 @@ class Server:
                 command, stdout=file, stderr=file, cwd=log.parent, env=environment(**variables)
             )
 
-    def wait(self, seconds: float = 240) -> bool:
+    def wait(self, seconds: float = 900) -> bool:
         """Whether it came up; False once it has ended."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
@@ -115,7 +115,7 @@ class Server:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=240) as answer:
+        with urllib.request.urlopen(request, timeout=900) as answer:
             return answer.read().decode()
 
     def complete(self, prompt, tokens: int = TOKENS, **more) -> dict:
@@ -243,10 +243,11 @@ REFUSED = {
     "onnx": ({"model": "onnx"}, "vLLM runs artifacts of one target"),
     "refresh": ({"model": "refresh"}, "--refresh token"),
     "no artifact": ({"model": "empty"}, "is not an artifact"),
+    "runner": ({"environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}, "model runner V2"),
     "version": ({"version": "0.31.1"}, "does not fit this version of vLLM"),
 }
 REFUSE = """
-import json, sys
+import json, os, sys
 import vllm
 from vllm.engine.arg_utils import EngineArgs
 from shadowc.vllm.plugin import register
@@ -254,6 +255,7 @@ artifact, cases = sys.argv[1], json.loads(sys.argv[2])
 config = EngineArgs(model=artifact).create_engine_config()
 print(json.dumps([config.cache_config.enable_prefix_caching, str(config.model_config.dtype)]))
 for options in cases:
+    os.environ |= options.pop("environment", {})
     if "version" in options:
         vllm.__version__ = options.pop("version")
         register()
@@ -262,6 +264,17 @@ for options in cases:
         print(json.dumps(["nothing", ""]))
     except Exception as error:
         print(json.dumps([[base.__name__ for base in type(error).__mro__], str(error)]))
+"""
+THREADS = """
+import json, os
+import torch
+from shadowc.vllm.worker import _start_threads
+torch.ones(512, 512) @ torch.ones(512, 512)
+threads, before = set(os.listdir("/proc/self/task")), os.sched_getaffinity(0)
+_start_threads()
+after = set(os.listdir("/proc/self/task")) - threads
+cpus = [sorted(os.sched_getaffinity(int(thread))) for thread in after]
+print(json.dumps([sorted(before), sorted(os.sched_getaffinity(0)), cpus]))
 """
 
 
@@ -328,7 +341,15 @@ def example(artifact: Path, home: Path) -> subprocess.CompletedProcess:
     return run(ROOT / "examples" / "serve_vllm.py", artifact, PROMPTS[0], PROMPTS[2], cwd=home)
 
 
-BESIDE = {"refused": refuse, "tampered": tamper, "example": example}
+def threads(artifact: Path, home: Path) -> list:
+    """CPUs of a bound process before and after it started the native threads, and of those."""
+    both = " ".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+    done = run("-c", THREADS, cwd=home, GOMP_CPU_AFFINITY=both, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+BESIDE = {"refused": refuse, "threads": threads, "tampered": tamper, "example": example}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -341,6 +362,13 @@ def test_refused_by_name(beside, case):
 def test_what_is_set(beside):
     prefix_caching, dtype = beside["refused"].result()[0]
     assert prefix_caching is False and dtype == "torch.float32"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_native_threads_have_all_cpus(beside):
+    before, after, others = beside["threads"].result()
+    assert before == after and len(before) == 1  # OpenMP bound the thread that started them
+    assert others == [sorted(os.sched_getaffinity(0))[:2]]
 
 
 def test_tampered_file_is_refused(beside):
