@@ -266,7 +266,13 @@ class Session:
             **self._prepare(name, cache),
         }
         inputs = self.program(name).inputs
-        named = [arguments[key] for key in inputs[: len(inputs) - len(cache.tensors)]]
+        try:
+            named = [arguments[key] for key in inputs[: len(inputs) - len(cache.tensors)]]
+        except KeyError as error:
+            raise ArtifactError(
+                f"program {name!r} needs {error}, which no program has given",
+                fix="compile the artifact again",
+            ) from error
         results = self.run(name, *named, *cache.tensors)
         cache.length += tokens
         cache.steps = 0 if prompt else cache.steps + 1
