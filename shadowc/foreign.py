@@ -26,7 +26,7 @@ MOST_JSON = 32 << 20
 _MOST_DEPTH = 32
 _MOST_NAMES = 1 << 14
 _CHUNK = 1 << 22
-_INTEGERS = range(-(1 << 63), 1 << 63)
+_MOST_DIGITS = 32  # transformers writes 10^30 where there is no limit
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}(/[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}){0,4}")
 _TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
 
@@ -178,8 +178,8 @@ def loads(text: bytes, path: Path) -> Any:
         path: The file, for errors.
 
     Raises:
-        ArtifactError: It is no JSON, has a key twice, NaN or infinity, an integer of more than 64
-            bits, or is nested deeper than anything that this package writes.
+        ArtifactError: It is no JSON, has a key twice, NaN or infinity, an integer that is too long
+            for this package, or is nested deeper than anything that this package writes.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -198,10 +198,9 @@ def loads(text: bytes, path: Path) -> Any:
         return value
 
     def integer(digits: str) -> int:
-        value = int(digits) if len(digits) < 30 else 1 << 64
-        if value not in _INTEGERS:
+        if len(digits) > _MOST_DIGITS:
             raise ValueError(digits[:40])
-        return value
+        return int(digits)
 
     try:
         decoded, depth = text.decode(), 0

@@ -30,7 +30,7 @@ def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     """
 
     def text(value: Any) -> bool:
-        return isinstance(value, str) and len(value) < 4096
+        return isinstance(value, str) and len(value) < 4096 and value.isprintable()
 
     def number(value: Any) -> bool:
         return type(value) in (int, float) and math.isfinite(value)

@@ -206,7 +206,7 @@ class _Run:
                     return
                 args, kwargs = fx.node.map_aggregate((args, kwargs), _on_meta)
                 self._foresee(node, args, kwargs)
-                known[node] = value = node.target(*args, **kwargs)
+                known[node] = value = _call(node.target, args, kwargs)
                 for tensor in _tensors(value):
                     place = _storage(tensor)
                     if tensor.numel() * tensor.element_size() > self.most:
@@ -308,6 +308,48 @@ class _Run:
             size = (layers, rows, units) if rest == "index" else (layers, rows)
             dtype = torch.int32
         return torch.empty(size, dtype=dtype, device="meta")
+
+
+#: What calls gave by what they were given: layers repeat each other, and `meta` is slow.
+_KNOWN: dict[Any, Any] = {}
+_MOST_KNOWN = 1 << 14
+
+
+def _call(target: Any, args: Any, kwargs: Any) -> Any:
+    """A call on tensors without memory; one that makes new tensors is made once for its shapes."""
+    key = (target, _key(args), _key(kwargs))
+    made = _KNOWN.get(key)
+    if made is None:
+        value = target(*args, **kwargs)
+        old = {_storage(tensor) for tensor in _all_tensors((args, kwargs))}
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if parts and all(isinstance(p, Tensor) and _storage(p) not in old for p in parts):
+            if len(_KNOWN) > _MOST_KNOWN:
+                _KNOWN.clear()
+            shapes = [(p.shape, p.stride(), p.dtype) for p in parts]
+            _KNOWN[key] = isinstance(value, Tensor), shapes
+        return value
+    single, shapes = made
+    new = [torch.empty_strided(s, t, dtype=d, device="meta") for s, t, d in shapes]
+    return new[0] if single else new
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_key, value))
+    if isinstance(value, dict):
+        return tuple((name, _key(item)) for name, item in value.items())
+    return type(value), value
+
+
+def _all_tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _all_tensors(item)
 
 
 def _on_meta(value: Any) -> Any:

@@ -166,6 +166,8 @@ class Program:
                 target = _operator(node["target"])
                 args = _decode(_list(node["args"]), names)
                 kwargs = _decode(node["kwargs"], names)
+                if not isinstance(kwargs, dict):
+                    raise TypeError(f"keywords {node['kwargs']!r:.80}")
                 name = _new(node["name"], names)
                 names[name] = graph.call_function(target, tuple(args), kwargs)
             returns = _decode(_list(value["returns"]), names)
@@ -225,7 +227,7 @@ def _described(node: fx.Node, weights: Mapping[fx.Node, str]) -> str:
             return f"{place}, at {node.name} ({', '.join(names[:3])})"
         ahead = [one for each in ahead for one in each.all_input_nodes if one not in seen]
         seen.update(ahead)
-    return node.name
+    return str(node.name)
 
 
 def _direct(graph: fx.Graph) -> fx.Graph:
