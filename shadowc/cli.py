@@ -388,6 +388,13 @@ def compile_(
             show_default="as measured on the GPU",
         ),
     ] = None,
+    aot_inductor: Annotated[
+        bool,
+        typer.Option(
+            "--aot-inductor",
+            help="Also write packages for C++ without Python (cpu target; needs a C++ compiler).",
+        ),
+    ] = False,
     model: Annotated[
         str | None, typer.Option(help="The model, where the calibration's name no longer finds it.")
     ] = None,
@@ -470,6 +477,7 @@ def compile_(
             batch_sizes=batches,
             lazy_kv=lazy_kv,
             dense_from_batch=dense_from_batch,
+            aot_inductor=aot_inductor,
             extra={"budget": {"kind": budget, "sparsity": sparsity, "max_ppl_increase": most}},
             dump=dump,
             max_shard_size=shard,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from shadowc import aot_inductor as packages
 from shadowc import artifact as artifacts
 from shadowc import stored, targets
 from shadowc.calibration.predictor import Predictor
@@ -50,6 +51,7 @@ def compile_model(
     batch_sizes: Sequence[int] = (1,),
     lazy_kv: bool = False,
     dense_from_batch: int | None = None,
+    aot_inductor: bool = False,
     extra: dict[str, Any] | None = None,
     dump: Path | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -73,6 +75,7 @@ def compile_model(
         lazy_kv: Let keys and values of skipped heads wait, where a batch is one row.
         dense_from_batch: Rows from which on a CUDA artifact runs every unit; 0 never, None as
             measured for the target.
+        aot_inductor: Also write AOTInductor packages, for C++ without Python (target `cpu`).
         extra: More entries for the manifest.
         dump: Directory for the graphs after every pass.
         max_shard_size: Most bytes of weights in a file.
@@ -82,7 +85,9 @@ def compile_model(
         The artifact, whose programs agree with the model (checked on text).
 
     Raises:
-        OptionError: If keys and values cannot wait with that target or policy.
+        OptionError: If keys and values cannot wait, or there are no packages, with that target or
+            policy.
+        KernelError: If this machine cannot compile for the target, or packages.
         CalibrationError: If the calibration belongs to another model.
         NumericsError: If a lowered program does not agree with what it was made from.
         ArtifactError: If the artifact cannot be written, or will not fit on the disk.
@@ -108,6 +113,9 @@ def compile_model(
             expected="a --sparsity above 0",
             got=dense_from_batch,
         )
+    predicts = sparse and calibration is not None and calibration.predictor != "static"
+    if aot_inductor:
+        packages.check_options(target, policy, predicts=predicts)
     if calibration is not None:
         check_same_model(loaded, calibration)
 
@@ -132,6 +140,8 @@ def compile_model(
         checking = backend.check_session(session, directory)
         checked = check_numerics(checking, loaded, backend.tolerances(dtype))
         checked["checked_on"] = device_name(checking)
+        if aot_inductor:
+            packages.write_packages(session, directory, backend.tolerances(dtype).decode)
         report["compile"] = checked | {"seconds": round(time.perf_counter() - began, 1)}
 
     config = artifact_config(loaded.model.config, target, length)

@@ -257,6 +257,7 @@ class Collector:
 
     def _not_finite(self, ids: Tensor, attention: Tensor | None) -> CalibrationError:
         """What makes the loss of a batch something that is not finite."""
+        check_weights(self.model)
         where = "the output"
         with torch.no_grad():
             x, common = self._embed(ids, attention)

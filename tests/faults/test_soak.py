@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import random
@@ -20,7 +21,7 @@ import torch
 import shadowc
 from shadowc.errors import LengthError, ShadowcError
 
-GENERATIONS = int(os.environ.get("SOAK_GENERATIONS", "100"))
+GENERATIONS = int(os.environ.get("SOAK_GENERATIONS", "60"))
 BOUND = 4 << 20
 """Bytes that a process may grow by once a tenth of the generations has run."""
 LIMIT = 32  # tokens that the artifact is compiled for
@@ -73,7 +74,9 @@ def test_a_short_soak(model, capsys):
     draw, found = random.Random(0), {"generations": 0, "refused": 0, "tokens": 0}
     first = probe(model)
     warm = None
-    for number in range(GENERATIONS):
+    for number in itertools.count():
+        if found["generations"] == GENERATIONS:
+            break
         length, new = draw.choice(LENGTHS), draw.choice((1, 3, 6))
         ids, mask = request(draw, length)
         options = {**draw.choice(SAMPLINGS), "max_new_tokens": new}
@@ -89,13 +92,13 @@ def test_a_short_soak(model, capsys):
             assert length < out.shape[1] <= length + new
             found["generations"] += 1
             found["tokens"] += out.numel() - len(out) * length
-        if number == max(GENERATIONS // 10, 40):
+        if warm is None and found["generations"] > max(GENERATIONS // 10, 20):
             warm = memory()
     assert all(map(torch.equal, first, probe(model)))
     found["growth_bytes"] = memory() - warm
     with capsys.disabled():
         print(f"\n{json.dumps(found)}")
-    assert found["refused"] > GENERATIONS // 5 < found["generations"]
+    assert found["refused"] > GENERATIONS // 5
     assert found["growth_bytes"] < BOUND
 
 

@@ -575,3 +575,14 @@ def test_positions_beyond_the_model(tiny_opt, tmp_path):
         model = open_plain(artifact.path / MODEL, library)
         with pytest.raises(Exception, match="out of (data )?bounds"):
             model.run(None, token_after(model, 3, [1] * 4, position=64))
+
+
+def test_an_overflow_is_named(llama_artifact, tiny_llama):
+    session = load_session(llama_artifact)
+    session.check_finite = True
+    ids, cache = tiny_llama.ids(1, 6), session.new_cache(1)
+    for begin, end in ((0, 4), (4, 5)):
+        session.step(ids[:, begin:end], cache)
+    cache.tensors[2][:, :, 1] = float("inf")  # keys of layer 1
+    with pytest.raises(NumericsError, match="token 6 are not finite: .*layer 1"):
+        session.step(ids[:, 5:], cache)
