@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Keeps the repository's root, and with it the folder kernels/, off sys.path: see CONTRIBUTING.md.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint check bench gpu vllm faults soak audit
+.PHONY: demo test lint check bench gpu vllm faults soak audit fuzz sanitize
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
@@ -65,3 +65,24 @@ soak: $(STAMP)
 # Known vulnerabilities of what is pinned; asks a service on the network.
 audit:
 	$(PYTHON) -m venv .audit && .audit/bin/pip install -q pip-audit && .audit/bin/pip-audit -r constraints.txt --no-deps
+
+# The long form of tests/hostile: prints the table of benchmarks/results/hardening.md.
+fuzz: $(STAMP)
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/fuzz.py --long
+	$(BIN)/pytest -q tests/hostile/test_native.py
+
+# The native library with AddressSanitizer and UndefinedBehaviorSanitizer (gcc's), under the tests of
+# its kernels, of hostile calls, and of ONNX Runtime, which loads it too.
+SANITIZED := build/sanitize/native.so
+sanitize: $(STAMP) $(SANITIZED)
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	SHADOWC_LIBRARY=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
+	$(BIN)/pytest -q tests/hostile/test_native.py tests/kernels tests/targets/test_onnx_target.py \
+		--ignore tests/kernels/cuda/test_ops.py
+
+$(SANITIZED): $(wildcard kernels/cpu/*)
+	mkdir -p $(@D)
+	g++ -std=c++20 -O1 -g -shared -fPIC -pthread -fvisibility=hidden -ffp-contract=fast \
+		-fno-math-errno -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+		kernels/cpu/*.cpp -o $@

@@ -386,3 +386,37 @@ def test_no_pickle_and_no_code_in_the_sources():
             if imported or trusts or name in ("eval", "exec", "compile", "torch.load"):
                 found.append(f"{path.name}:{getattr(node, 'lineno', 0)}")
     assert not found
+
+
+def test_a_checksum_is_no_signature(sample, fuzz):
+    """Whoever changes weights can change hashes too: such an artifact is another artifact."""
+    name = "predictor.safetensors"
+    sample.put(name, sample.files[name][:-1] + b"\x01")
+    sample.seal()
+    open_artifact(sample.root)
+
+
+def test_the_original_model_brings_no_code(sample, tmp_path, monkeypatch):
+    """What `eval --against` and `bench` load by the name in the manifest."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from shadowc.models import load_model
+
+    path = tmp_path / "original"
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, vocab_size=260, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(sample.root).save_pretrained(path)
+    (path / "code.py").write_text(f"import os\nos.environ['{MARK}'] = '1'\n")
+    for name, entry in (
+        ("config.json", {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["code.T", None]}),
+    ):
+        value = json.loads((path / name).read_text()) | {"auto_map": entry}
+        (path / name).write_text(json.dumps(value))
+    monkeypatch.delenv(MARK, raising=False)
+    with contextlib.suppress(ShadowcError):  # it loads as what it is, or is refused
+        load_model(str(path))
+    assert MARK not in os.environ
