@@ -12,14 +12,16 @@
 
 Safetensors, JSON and images of kernels only, and packages that Python never loads. The manifest
 names no path outside the directory and no code to import. Loading checks schema, sizes and hashes
-before anything is used.
+before anything is used: SECURITY.md.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -27,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shadowc import stored
+from shadowc import foreign, stored
 from shadowc.directory import (
     NEW,
     atomic_directory,
@@ -39,13 +41,17 @@ from shadowc.directory import (
     write_synced,
 )
 from shadowc.errors import ArtifactError
+from shadowc.foreign import damaged
+from shadowc.manifest import check_manifest
 from shadowc.stored import MAX_SHARD_SIZE, Stored
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST, REPORT = "manifest.json", "report.json"
+NO_NATIVE = "SHADOWC_NO_NATIVE"
+"""Environment variable: 1 refuses artifacts that bring machine code."""
 PREDICTOR_PREFIXES = ("predictor.", "keep.", "scores.")
 _ATTEMPTS = 3
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_MALFORMED = (ArtifactError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _REST = 16 << 20
 """Bytes left for what has no size before it is written: tokenizer, kernels, report."""
 
@@ -66,8 +72,17 @@ class Artifact:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, memory-mapped: one copy, shared with the page cache."""
-        names = (name for name in self.manifest["files"] if name.endswith(".safetensors"))
-        return stored.load(self.path / name for name in names)
+        names = [name for name in self.manifest["files"] if name.endswith(".safetensors")]
+        seen: set[str] = set()
+        for name in names:
+            found = foreign.tensors_in(self.path, name)
+            if twice := seen & found.keys():
+                raise damaged(self.path / name, "tensors that no other file has", sorted(twice)[0])
+            seen |= found.keys()
+        try:
+            return stored.load(self.path / name for name in names)
+        except Exception as error:  # safetensors has errors of its own
+            raise damaged(self.path, "files of safetensors", error) from error
 
     @property
     def weight_bytes(self) -> int:
@@ -78,14 +93,25 @@ class Artifact:
 
     def programs(self) -> dict[str, dict[str, Any]]:
         """The programs' JSON by name."""
+        names = [name for name in self.manifest["files"] if name.startswith("programs/")]
         return {
-            path.stem: json.loads(path.read_text())
-            for path in sorted((self.path / "programs").glob("*.json"))
+            PurePosixPath(name).stem: self._object(name)
+            for name in sorted(names)
+            if name.endswith(".json")
         }
 
     def report(self) -> dict[str, Any]:
         """What was measured on this artifact."""
-        value: dict[str, Any] = json.loads((self.path / REPORT).read_text())
+        return self._object(REPORT)
+
+    def _object(self, name: str) -> dict[str, Any]:
+        """The JSON object of a file, which is what the manifest says."""
+        text = foreign.read(self.path, name)
+        if hashlib.sha256(text).hexdigest() != self.manifest["files"][name]["sha256"]:
+            raise damaged(self.path / name, "what was opened", "another content")
+        value = foreign.loads(text, self.path / name)
+        if not isinstance(value, dict):
+            raise damaged(self.path / name, "a JSON object", type(value).__name__)
         return value
 
     def check_current(self) -> None:
@@ -145,7 +171,7 @@ def write_artifact(
         ArtifactError: If it cannot be written, or will not fit on the disk.
     """
     total = sum(tensor.nbytes for tensor in tensors.values())
-    texts = {name: json.dumps(program) for name, program in programs.items()}
+    texts = {name: json.dumps(program, allow_nan=False) for name, program in programs.items()}
     needed = total + sum(map(len, texts.values())) + _REST
     check_space(target, needed, error=ArtifactError)
     written = 0
@@ -177,13 +203,20 @@ def write_artifact(
         (new / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         files = {}
         for path in sorted(path for path in new.rglob("*") if path.is_file()):
-            name = path.relative_to(new).as_posix()
+            name = foreign.check_name(new, path.relative_to(new).as_posix(), MANIFEST)
             digest = hashes.get(name) or sha256(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": digest}
+        foreign.check_hugging_face(new, files)  # what would be refused is not written
         full = {"schema": SCHEMA, **manifest, "files": files}
-        text = json.dumps(full, indent=2)
-        (new / MANIFEST).write_text(text + "\n")
+        text = sealed(full)
+        (new / MANIFEST).write_text(text)
     return Artifact(target, json.loads(text), _place(target))
+
+
+def sealed(manifest: dict[str, Any]) -> str:
+    """The text of a manifest, its checksum brought up to date."""
+    manifest["checksum"] = foreign.seal(manifest)
+    return json.dumps(manifest, indent=2, allow_nan=False) + "\n"
 
 
 def update_report(
@@ -218,12 +251,12 @@ def update_report(
         write_synced(new, json.dumps(report, indent=2) + "\n")
         now.manifest["files"][REPORT] = {"bytes": new.stat().st_size, "sha256": sha256(new)}
         try:
-            replace_text(root / MANIFEST, json.dumps(now.manifest, indent=2) + "\n")
+            replace_text(root / MANIFEST, sealed(now.manifest))
         except BaseException:
             _finish_report(root)
             raise
         new.replace(root / REPORT)
-        artifact.manifest["files"] = now.manifest["files"]
+        artifact.manifest.update(files=now.manifest["files"], checksum=now.manifest["checksum"])
         for name, text in draw(artifact).items():
             replace_text(root / name, text)
 
@@ -242,14 +275,13 @@ def _finish_report(root: Path) -> None:
 
 def _manifest(root: Path) -> dict[str, Any]:
     """The manifest as it is now, unchecked."""
-    value: dict[str, Any] = json.loads((root / MANIFEST).read_text())
-    return value
+    return foreign.read_object(root, MANIFEST)
 
 
 def _lasting(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest without what reports change."""
     files = {name: entry for name, entry in manifest["files"].items() if name != REPORT}
-    return {**manifest, "files": files}
+    return {**manifest, "files": files, "checksum": None}
 
 
 def _replaced(root: Path) -> ArtifactError:
@@ -323,68 +355,55 @@ def open_artifact(path: Path) -> Artifact:
             or outside the directory; names the file.
     """
     root = path
-    try:
-        manifest = json.loads((root / MANIFEST).read_text())
-    except OSError as error:
+    if not os.path.lexists(root / MANIFEST):
         raise ArtifactError(
             f"{root} is not an artifact",
             expected=f"a directory with {MANIFEST}",
-            got=error.strerror,
+            got="no such file",
             fix="make one with: shadowc compile --target cpu",
-        ) from error
-    except ValueError as error:
-        raise _damaged(root / MANIFEST, "valid JSON", error) from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        got = manifest.get("schema") if isinstance(manifest, dict) else "no object"
-        raise _damaged(root / MANIFEST, f"schema {SCHEMA}", got)
+        )
+    manifest = _manifest(root)
+    if manifest.get("schema") != SCHEMA:
+        raise damaged(root / MANIFEST, f"schema {SCHEMA}", manifest.get("schema"))
+    if manifest.get("checksum") != foreign.seal(manifest):
+        raise damaged(root / MANIFEST, "what its checksum says", "another content")
     files = manifest.get("files")
     if not isinstance(files, dict):
-        raise _damaged(root / MANIFEST, "a list of files", type(files).__name__)
+        raise damaged(root / MANIFEST, "a list of files", type(files).__name__)
+    for name in files:
+        foreign.check_name(root, name, MANIFEST)
+    check_manifest(root / MANIFEST, manifest)
+    _refuse_machine_code(root, manifest)
     for name, entry in files.items():
-        _check_file(root, name, entry)
+        foreign.check_content(root, name, entry)
     needed = {REPORT, "config.json", *_weight_files(root, manifest)} - set(files)
     if needed:
-        raise _damaged(root / MANIFEST, f"an entry for {sorted(needed)[0]}", "none")
-    for path_ in sorted((root / "programs").glob("*.*")):
-        if f"programs/{path_.name}" not in files:
-            raise _damaged(path_, "a file that the manifest lists", "one that it does not")
+        raise damaged(root / MANIFEST, f"an entry for {sorted(needed)[0]}", "none")
+    foreign.check_listed(root, files, MANIFEST)
+    foreign.check_hugging_face(root, files)
     return Artifact(root, manifest)
+
+
+def _refuse_machine_code(root: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise if an artifact brings machine code and the user wants none."""
+    if os.environ.get(NO_NATIVE, "0") in ("", "0"):
+        return
+    if found := foreign.brings_machine_code(manifest):
+        raise ArtifactError(
+            f"{root / found[0]} holds machine code, which you do not want",
+            expected="an artifact without any, such as one of the targets cpu and onnx-cpu",
+            got=f"target {manifest['target']}",
+            fix=f"leave out --no-native ({NO_NATIVE}=1) if you trust who made it",
+        )
 
 
 def _weight_files(root: Path, manifest: Mapping[str, Any]) -> set[str]:
     """Names of the files that must hold weights."""
-    whole = f"{weights_stem(str(manifest.get('target')))}.safetensors"
+    whole = f"{weights_stem(manifest['target'])}.safetensors"
     index = f"{whole}.index.json"
     if index not in manifest["files"]:
         return {whole}
-    try:
-        return set(json.loads((root / index).read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(root / index, "an index of shards", error) from error
-
-
-def _check_file(root: Path, name: str, entry: Any) -> None:
-    inside = PurePosixPath(name)
-    if inside.is_absolute() or ".." in inside.parts:
-        raise _damaged(root / MANIFEST, "files inside the artifact", name)
-    path = root / name
-    try:
-        size, digest = entry["bytes"], entry["sha256"]
-        found = path.stat().st_size
-    except OSError as error:
-        raise _damaged(path, "a file of the artifact", error.strerror) from error
-    except (KeyError, TypeError) as error:
-        raise _damaged(root / MANIFEST, "bytes and sha256 of every file", name) from error
-    if found != size:
-        raise _damaged(path, f"{size} bytes", f"{found} bytes")
-    if sha256(path) != digest:
-        raise _damaged(path, f"sha256 {digest}", "another content")
-
-
-def _damaged(path: Path, expected: object, got: object) -> ArtifactError:
-    return ArtifactError(
-        f"{path} is damaged or not of this version",
-        expected=expected,
-        got=got,
-        fix="compile the artifact again",
-    )
+    found = foreign.read_object(root, index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise damaged(root / index, "an index of shards", found)
+    return {foreign.check_name(root, name, index) for name in found.values()}

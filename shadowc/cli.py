@@ -61,6 +61,21 @@ AllowJit = Annotated[
     bool,
     typer.Option("--allow-jit", help="Compile what the artifact lacks for this GPU, whichever."),
 ]
+
+
+def _refuse_native(value: bool) -> bool:
+    """Pass `--no-native` on to whoever opens the artifact."""
+    if value:
+        os.environ["SHADOWC_NO_NATIVE"] = "1"
+    return value
+
+
+NoNative = Annotated[
+    bool,
+    typer.Option(
+        "--no-native", callback=_refuse_native, help="Refuse an artifact that brings machine code."
+    ),
+]
 Output = Annotated[Path | None, typer.Option(help="Directory to write.", show_default=False)]
 Data = Annotated[
     str, typer.Option(metavar="NAME|FILE", help="pydoc, self, a file, or a hub data set.")
@@ -634,6 +649,7 @@ def run(
         typer.Option("--check-finite", help="Stop where numbers overflow, and name the layer."),
     ] = False,
     allow_jit: AllowJit = False,
+    no_native: NoNative = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
@@ -665,6 +681,7 @@ def serve(
     artifact: ArtifactPath,
     probe_every: ProbeEvery = None,
     probe_alarm: ProbeAlarm = None,
+    no_native: NoNative = False,
     debug: Debug = False,
 ) -> None:
     """Serve OpenAI's API with transformers' own server, whose options it takes."""
@@ -778,6 +795,7 @@ def eval_(
         typer.Option(help="Sweep: where to write.", show_default="CALIBRATION/eval"),
     ] = None,
     allow_jit: AllowJit = False,
+    no_native: NoNative = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
@@ -975,6 +993,7 @@ def bench(
     data: Data = "pydoc",
     hugging_face: Annotated[bool, typer.Option(help="Also run the original model.")] = True,
     allow_jit: AllowJit = False,
+    no_native: NoNative = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:

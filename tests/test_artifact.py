@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import shadowc
-from shadowc.artifact import MANIFEST, open_artifact, update_report, write_artifact
+from shadowc.artifact import MANIFEST, open_artifact, sealed, update_report, write_artifact
 from shadowc.compiler import check_same_model, compile_model
 from shadowc.config import Policy
 from shadowc.errors import ArtifactError, CalibrationError
@@ -95,14 +95,14 @@ def edit(copy, change):
     path = copy / MANIFEST
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(sealed(manifest))
 
 
 def test_a_foreign_or_broken_manifest_is_refused(copy, tmp_path):
     with pytest.raises(ArtifactError, match="is not an artifact"):
         open_artifact(tmp_path)
     edit(copy, lambda m: m.update(schema=99))
-    with pytest.raises(ArtifactError, match="schema 1"):
+    with pytest.raises(ArtifactError, match="schema 2"):
         open_artifact(copy)
     (copy / MANIFEST).write_text("{")
     with pytest.raises(ArtifactError, match="valid JSON"):

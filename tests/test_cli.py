@@ -486,7 +486,7 @@ def test_a_damaged_artifact_names_the_file(invoke, artifact, tmp_path, damage, n
     elif damage == "edited":
         content[len(content) // 2] ^= 1
         if name == "manifest.json":
-            content = bytearray(bytes(content).replace(b'"schema": 1', b'"schema": 9'))
+            content = bytearray(bytes(content).replace(b'"schema": 2', b'"schema": 9'))
         path.write_bytes(content)
     elif damage == "foreign":
         path.write_text('{"something": "else"}')

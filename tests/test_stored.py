@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from shadowc import stored
-from shadowc.artifact import open_artifact, weights_stem, write_artifact
+from shadowc.artifact import open_artifact, sealed, weights_stem, write_artifact
 from shadowc.compiler import compile_model
 from shadowc.config import ModelShape, Policy
 from shadowc.directory import sha256
@@ -141,7 +141,7 @@ def test_a_damaged_shard_is_named(both, damage, tmp_path):
     elif damage == "unlisted":
         manifest = json.loads((copy / "manifest.json").read_text())
         del manifest["files"][name]
-        (copy / "manifest.json").write_text(json.dumps(manifest))
+        (copy / "manifest.json").write_text(sealed(manifest))
     with pytest.raises(ArtifactError, match=name):
         open_artifact(copy)
 

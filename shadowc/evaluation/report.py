@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shadowc.artifact import Artifact, update_report
+from shadowc.artifact import REPORT, Artifact, update_report
 from shadowc.calibration.store import Calibration
 from shadowc.directory import replace_text
 from shadowc.evaluation import figures
+from shadowc.foreign import damaged
 
 HTML = "report.html"
 _COLORS = {"heads": "#3b6ea5", "neurons": "#6a9a3b"}
@@ -23,7 +24,19 @@ _NEAR = 4
 
 
 def describe_artifact(artifact: Artifact) -> dict[str, Any]:
-    """What an artifact is: the keys of `inspect --json`."""
+    """What an artifact is: the keys of `inspect --json`.
+
+    Raises:
+        ArtifactError: If its report lacks what `compile` writes.
+    """
+    try:
+        return _described(artifact)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise damaged(artifact.path / REPORT, "what compile writes", got) from error
+
+
+def _described(artifact: Artifact) -> dict[str, Any]:
     manifest, report = artifact.manifest, artifact.report()
     calibration, compiled = manifest["calibration"] or {}, report["compile"]
     return {

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shadowc.artifact import Artifact, open_artifact
-from shadowc.config import ModelShape, Policy
+from shadowc.artifact import MANIFEST, Artifact, open_artifact
 from shadowc.errors import ArtifactError
+from shadowc.manifest import read_policy, read_shape
+from shadowc.runtime.checks import check_programs
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import Session
 from shadowc.runtime.watch import Watch, announce
@@ -55,13 +56,17 @@ def load(
     session = load_session(artifact, allow_jit=allow_jit)
     session.check_finite = check_finite
     try:
-        config = AutoConfig.from_pretrained(artifact.path)
-        generation = GenerationConfig.from_pretrained(artifact.path)
-        tokenizer = AutoTokenizer.from_pretrained(artifact.path, padding_side="left")
-    except (OSError, ValueError) as error:
+        own = {"local_files_only": True}
+        config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=False, **own)
+        generation = GenerationConfig.from_pretrained(artifact.path, **own)
+        tokenizer = AutoTokenizer.from_pretrained(
+            artifact.path, padding_side="left", trust_remote_code=False, **own
+        )
+    except Exception as error:  # libraries that read them fail in many ways
         raise ArtifactError(
-            f"{artifact.path} lacks the model's Hugging Face files",
-            got=error,
+            f"{artifact.path} lacks the model's Hugging Face files, or they are damaged",
+            expected="config.json, generation_config.json and a tokenizer",
+            got=f"{type(error).__name__}: {error}"[:400],
             fix="compile the artifact again",
         ) from error
     artifact.check_current()
@@ -71,19 +76,12 @@ def load(
 
 def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
     """The bare step function of an artifact, without tokenizer or transformers."""
-    manifest = artifact.manifest
-    try:
-        shape, policy = ModelShape(**manifest["shape"]), Policy(**manifest["policy"])
-        target, length = manifest["target"], int(manifest["max_seq_len"])
-        predictor_bytes = float(manifest["predictor_bytes"])
-        batches = tuple(int(size) for size in manifest.get("batch_sizes", (1,)))
-        dense_from = manifest.get("dense_from_batch")
-        dense_from = None if dense_from is None else int(dense_from)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{artifact.path / 'manifest.json'} is not a manifest of this version", got=error
-        ) from error
-    backend = load_target(target)  # before the programs: it registers the ops that they call
+    manifest, listing = artifact.manifest, artifact.path / MANIFEST
+    shape, policy = read_shape(listing, manifest), read_policy(listing, manifest)
+    length = int(manifest["max_seq_len"])
+    batches = tuple(manifest.get("batch_sizes", (1,)))
+    dense_from = manifest.get("dense_from_batch")
+    backend = load_target(manifest["target"])  # it registers the ops that programs call
     tensors = artifact.tensors()
     keep = {
         name.removeprefix(_KEEP): value for name, value in tensors.items() if name.startswith(_KEEP)
@@ -92,8 +90,11 @@ def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
         name: Program.from_json(value, f"programs/{name}.json")
         for name, value in artifact.programs().items()
     }
+    check_programs(artifact.path, programs, shape, tensors, length)
     with torch.no_grad():  # not inference mode: probes ask these tensors for gradients
-        session = Session(shape, policy, programs, tensors, keep, length, predictor_bytes)
+        session = Session(
+            shape, policy, programs, tensors, keep, length, manifest["predictor_bytes"]
+        )
         if dense_from is not None:
             session.dense_from_batch, session.dense_program = dense_from, manifest["dense_program"]
             session.program(session.dense_program)  # it must be there

@@ -19,6 +19,7 @@ from torch import Tensor
 from shadowc.config import ModelShape
 from shadowc.errors import ArtifactError, KernelError
 from shadowc.onnx import library_path
+from shadowc.onnx.check import check_model
 from shadowc.onnx.names import DENSE, INPUTS, KINDS, MODEL, PAST, PRESENT
 from shadowc.runtime.cache import KVCache
 from shadowc.runtime.session import Session
@@ -299,8 +300,9 @@ def open_model(
 
     Raises:
         KernelError: If the library cannot be registered, or the GPU not be used.
-        ArtifactError: If ONNX Runtime cannot load the model.
+        ArtifactError: If it has data elsewhere, or ONNX Runtime cannot load it.
     """
+    check_model(file)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors, which are raised as well
     options.intra_op_num_threads = torch.get_num_threads()

@@ -2,12 +2,18 @@
 
 A program is a list of calls to `aten::` and `shadowc::` operators (and Python arithmetic on sizes)
 over named weights and inputs. The format names operators, never code: nothing is imported or
-evaluated from a file, and an operator outside these namespaces is refused. torch.export's own
-archive is not used because it stores example inputs as a pickle and takes seconds to load.
+evaluated from a file, and an operator outside a list of those that the passes emit is refused (aten
+alone has some that read files or look beyond a tensor). torch.export's own archive is not used
+because it stores example inputs as a pickle and takes seconds to load.
+
+A graph becomes a function by fx's generated source text. So every name that reaches it is checked
+here: inputs, keywords, and the texts among constants.
 """
 
 from __future__ import annotations
 
+import keyword
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +26,37 @@ from torch import Tensor, fx
 from shadowc.errors import ArtifactError
 from shadowc.native import CPU_LAUNCHERS
 
-_NAMESPACES = ("aten", "shadowc")
+#: The operators of aten that programs call: what the passes leave of OPT and Llama.
+_ATEN = frozenset(
+    """
+    __and__.Tensor __or__.Tensor add.Tensor alias.default amin.default bitwise_not.default
+    cat.default clamp.default contiguous.default cos.default cumsum.default embedding.default
+    eq.Tensor expand.default expand_as.default flatten.using_ints gather.default gelu.default
+    gt.Tensor layer_norm.default le.Tensor linear.default lt.Scalar masked_fill.Scalar
+    mean.dim mul.Tensor nan_to_num.default neg.default new_empty.default new_zeros.default
+    ones_like.default pow.Tensor_Scalar relu.default reshape.default rsqrt.default rsub.Scalar
+    scaled_dot_product_attention.default select.int silu.default sin.default slice.Tensor
+    split_with_sizes.default stack.default sum.dim_IntList sym_size.int t.default to.dtype
+    topk.default transpose.int unbind.int unflatten.int unsqueeze.default view.default
+    view_as.default zeros_like.default
+    """.split()
+)  # fmt: skip
 _PYTHON = {
     f"operator.{f.__name__}": f
     for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
               operator.neg, operator.mod)
 }  # fmt: skip
 _CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
+_KNOWN_CONSTANTS = {
+    str(value).removeprefix("torch."): value
+    for value in (
+        torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+        torch.bool, torch.strided, torch.contiguous_format, torch.preserve_format,
+    )
+}  # fmt: skip
+_DEVICES = ("cpu", "cuda", "meta")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,200}")
+_INTEGERS = range(-(1 << 63), 1 << 63)
 
 
 @dataclass(frozen=True)
@@ -38,12 +68,14 @@ class Program:
         outputs: Names of the results, in order.
         weights: Names of the tensors it reads, in the order of the graph's first placeholders.
         graph: The graph; its placeholders are the weights, then the inputs.
+        source: The file that it was read from, for errors.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weights: tuple[str, ...]
     graph: fx.Graph
+    source: str = "the program"
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Callable[..., tuple[Any, ...]]:
         """A function of the inputs alone, with the weights looked up once.
@@ -54,7 +86,7 @@ class Program:
         missing = [name for name in self.weights if name not in tensors]
         if missing:
             raise ArtifactError(
-                "the program needs tensors that the artifact lacks", got=missing[:3]
+                f"{self.source} needs tensors that the artifact lacks", got=missing[:3]
             )
         values = tuple(tensors[name] for name in self.weights)
         on_cpu = all(value.device.type == "cpu" for value in values)
@@ -121,23 +153,34 @@ class Program:
         graph = fx.Graph()
         names: dict[str, fx.Node] = {}
         try:
-            for i, _ in enumerate(value["weights"]):
-                names[f"w{i}"] = graph.placeholder(f"w{i}")
-            for name in value["inputs"]:
-                names[name] = graph.placeholder(name)
-            for node in value["nodes"]:
-                target = _operator(node["target"])
-                args = _decode(node["args"], names)
-                kwargs = _decode(node["kwargs"], names)
-                names[node["name"]] = graph.call_function(target, tuple(args), kwargs)
-            graph.output(tuple(_decode(value["returns"], names)))
-            return Program(
-                tuple(value["inputs"]), tuple(value["outputs"]), tuple(value["weights"]), graph
+            if value.keys() != {"inputs", "outputs", "weights", "nodes", "returns"}:
+                raise ValueError(f"entries {', '.join(value)}")
+            inputs, outputs, weights = (
+                _names(value[key]) for key in ("inputs", "outputs", "weights")
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            for i, _ in enumerate(weights):
+                names[f"w{i}"] = graph.placeholder(f"w{i}")
+            for name in inputs:
+                names[_new(name, names)] = graph.placeholder(name)
+            for node in _list(value["nodes"]):
+                target = _operator(node["target"])
+                args = _decode(_list(node["args"]), names)
+                kwargs = _decode(node["kwargs"], names)
+                if not isinstance(kwargs, dict):
+                    raise TypeError(f"keywords {node['kwargs']!r:.80}")
+                name = _new(node["name"], names)
+                names[name] = graph.call_function(target, tuple(args), kwargs)
+            returns = _decode(_list(value["returns"]), names)
+            if len(returns) != len(outputs):
+                raise ValueError(f"{len(returns)} results for {len(outputs)} names")
+            graph.output(tuple(returns))
+            return Program(inputs, outputs, weights, graph, source)
+        except (
+            KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError,
+        ) as error:  # fmt: skip
             raise ArtifactError(
                 f"{source} is not a program that this version can run",
-                got=f"{type(error).__name__}: {error}",
+                got=f"{type(error).__name__}: {error}"[:300],
                 fix="compile the artifact again with this version of shadowc",
             ) from error
 
@@ -212,22 +255,60 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
 
 
 def _target_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
-        return f"{target.namespace}.{target._opname}.{target._overloadname}"
+    if isinstance(target, torch._ops.OpOverload):
+        name = f"{target._opname}.{target._overloadname}"
+        if target.namespace == "shadowc" or (target.namespace == "aten" and name in _ATEN):
+            return f"{target.namespace}.{name}"
     for name, function in _PYTHON.items():
         if target is function:
             return name
-    raise ArtifactError(f"a program cannot call {target}", expected=", ".join(_NAMESPACES))
+    raise ArtifactError(
+        f"a program cannot call {target}", expected="one of _ATEN, or an op of shadowc"
+    )
 
 
 def _operator(name: str) -> Callable[..., Any]:
     if name in _PYTHON:
         return _PYTHON[name]
-    namespace, op, overload = name.split(".")
-    if namespace not in _NAMESPACES:
-        raise ValueError(f"operator {name}")
-    found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), op), overload)
+    namespace, _, rest = name.partition(".")
+    if namespace == "aten" and rest in _ATEN:
+        if rest == "new_empty.default":  # what was in that memory is nobody's business
+            rest = "new_zeros.default"
+        op, _, overload = rest.partition(".")
+        found: Callable[..., Any] = getattr(getattr(torch.ops.aten, op), overload)
+        return found
+    op, _, overload = rest.partition(".")
+    if namespace == "shadowc" and op in CPU_LAUNCHERS and overload == "default":
+        found = getattr(torch.ops.shadowc, op).default
+        return found
+    raise ValueError(f"operator {name[:80]}")
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{type(value).__name__} in place of a list")
+    return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Names, each once."""
+    found = tuple(_name(name) for name in _list(value))
+    if len({*found}) != len(found):
+        raise ValueError("a name twice")
     return found
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or _NAME.fullmatch(value) is None:
+        raise ValueError(f"name {value!r:.80}")
+    return value
+
+
+def _new(name: Any, names: Mapping[str, Any]) -> str:
+    """A name of a node, which none has yet."""
+    if name in names or not _name(name).isidentifier() or keyword.iskeyword(name):
+        raise ValueError(f"name {name!r:.80}")
+    return str(name)
 
 
 def _encode(value: Any) -> Any:
@@ -241,6 +322,8 @@ def _encode(value: Any) -> Any:
         return {"torch": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"device": value.type}
+    if isinstance(value, float) and math.isinf(value):  # JSON has none
+        return {"infinity": 1 if value > 0 else -1}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ArtifactError(f"a program cannot hold a {type(value).__name__}", got=value)
@@ -249,16 +332,24 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any, names: Mapping[str, fx.Node]) -> Any:
     if isinstance(value, list):
         return [_decode(item, names) for item in value]
+    if isinstance(value, str):
+        return _name(value)
+    if isinstance(value, int) and value not in _INTEGERS:
+        raise ValueError(f"number {value:.20e}")
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()
     if kind == "node":
         return names[inner]
     if kind == "map":
+        for key in inner:
+            if not _name(key).isidentifier() or keyword.iskeyword(key):
+                raise ValueError(f"keyword {key[:80]}")
         return {key: _decode(item, names) for key, item in inner.items()}
-    if kind == "device":
+    if kind == "device" and inner in _DEVICES:
         return torch.device(inner)
-    constant = getattr(torch, inner)
-    if kind != "torch" or not isinstance(constant, _CONSTANTS):
-        raise ValueError(f"constant {inner}")
-    return constant
+    if kind == "infinity" and inner in (1, -1):
+        return math.inf * inner
+    if kind == "torch":
+        return _KNOWN_CONSTANTS[inner]
+    raise ValueError(f"constant {kind[:80]}")

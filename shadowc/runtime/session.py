@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from shadowc.config import ModelShape, Policy
-from shadowc.errors import ArtifactError, LengthError, NumericsError, OptionError
+from shadowc.errors import (
+    ArtifactError,
+    LengthError,
+    NumericsError,
+    OptionError,
+    ShadowcError,
+    out_of_memory,
+)
 from shadowc.runtime.cache import KVCache
 from shadowc.runtime.lazy import CATCH_UP, LAZY, LazyState
 from shadowc.runtime.program import Program
@@ -34,6 +41,9 @@ PROGRAMS = {
 
 #: How the names of keep sets begin among a program's results.
 KEEP_PREFIXES = ("head_", "neuron_")
+
+#: What operators raise when something does not fit; the first is also that of a GPU.
+_FAILURES = (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError)
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -109,7 +119,8 @@ class Session:
         Inputs may be on any device; results are on the session's.
 
         Raises:
-            ArtifactError: If the artifact has no such program.
+            ArtifactError: If the artifact has no such program, or it fails: what it is made of does
+                not fit its inputs.
         """
         program = self.program(name)
         bound = self._bound.get(name)
@@ -119,7 +130,17 @@ class Session:
         if bound is None:
             bound = self._bound[name] = program.bind(self.tensors)
         here = (value.to(self.device) for value in inputs)
-        return dict(zip(program.outputs, bound(*here), strict=True))
+        try:
+            results = bound(*here)
+        except _FAILURES as error:
+            if isinstance(error, ShadowcError) or out_of_memory(error):
+                raise
+            raise ArtifactError(
+                f"{program.source} fails on these tensors and inputs",
+                got=f"{type(error).__name__}: {error}"[:400],
+                fix="compile the artifact again",
+            ) from error
+        return dict(zip(program.outputs, results, strict=True))
 
     def program(self, name: str) -> Program:
         """A program by name.
@@ -266,7 +287,13 @@ class Session:
             **self._prepare(name, cache),
         }
         inputs = self.program(name).inputs
-        named = [arguments[key] for key in inputs[: len(inputs) - len(cache.tensors)]]
+        try:
+            named = [arguments[key] for key in inputs[: len(inputs) - len(cache.tensors)]]
+        except KeyError as error:
+            raise ArtifactError(
+                f"program {name!r} needs {error}, which no program has given",
+                fix="compile the artifact again",
+            ) from error
         results = self.run(name, *named, *cache.tensors)
         cache.length += tokens
         cache.steps = 0 if prompt else cache.steps + 1

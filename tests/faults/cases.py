@@ -148,7 +148,9 @@ class World:
 
     def write(self, target: Path, which: int) -> None:
         """One of the two artifacts."""
-        manifest = {k: v for k, v in self.first.manifest.items() if k not in ("schema", "files")}
+        manifest = {
+            k: v for k, v in self.first.manifest.items() if k not in ("schema", "files", "checksum")
+        }
         write_artifact(
             target,
             manifest=manifest | {"which": which},

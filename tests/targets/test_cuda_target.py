@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 import shadowc
 from shadowc import cuda, native
-from shadowc.artifact import MANIFEST, open_artifact
+from shadowc.artifact import MANIFEST, open_artifact, sealed
 from shadowc.compiler import build_programs, compile_model
 from shadowc.config import Policy
 from shadowc.errors import ArtifactError, KernelError, LengthError, NumericsError, OptionError
@@ -451,7 +451,7 @@ def test_a_damaged_kernel_is_refused(copy, damage, kind):
     manifest["files"][name] = {
         "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()
     }  # fmt: skip
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    (copy / MANIFEST).write_text(sealed(manifest))
     open_artifact(copy)
     with pytest.raises(KernelError, match=f"{path.name} is damaged"):
         cuda.load_images(copy, 80)
@@ -873,7 +873,7 @@ def test_loading_follows_the_manifest(copy, monkeypatch):
 
     def edit(**entries):
         manifest = json.loads((copy / MANIFEST).read_text()) | entries
-        (copy / MANIFEST).write_text(json.dumps(manifest))
+        (copy / MANIFEST).write_text(sealed(manifest))
         return open_artifact(copy)
 
     artifact = open_artifact(copy)
