@@ -22,7 +22,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -56,6 +56,25 @@ _REST = 16 << 20
 """Bytes left for what has no size before it is written: tokenizer, kernels, report."""
 
 
+class Place:
+    """A directory that is kept open, so that its number is given to no other meanwhile.
+
+    Raises:
+        OSError: If there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether a path names it."""
+        return os.path.samestat(os.fstat(self._descriptor), path.stat())
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """An artifact on disk, checked.
@@ -63,12 +82,12 @@ class Artifact:
     Attributes:
         path: Its directory.
         manifest: What it says of itself.
-        place: Device and number of the directory itself, when it was opened.
+        place: The directory itself, whatever its path names by now.
     """
 
     path: Path
     manifest: dict[str, Any]
-    place: tuple[int, int] = field(default=(0, 0), compare=False)
+    place: Place | None = field(default=None, compare=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, memory-mapped: one copy, shared with the page cache."""
@@ -114,6 +133,20 @@ class Artifact:
             raise damaged(self.path / name, "a JSON object", type(value).__name__)
         return value
 
+    @contextlib.contextmanager
+    def unreplaced(self) -> Iterator[None]:
+        """Read files in the block: what is not found or not right there may be another artifact's.
+
+        Raises:
+            ArtifactError: If another artifact has taken its place by the end of the block.
+        """
+        try:
+            yield
+        except (ArtifactError, OSError):
+            self.check_current()
+            raise
+        self.check_current()
+
     def check_current(self) -> None:
         """Raise unless it is still what was opened: after its files were read, not only checked.
 
@@ -121,7 +154,7 @@ class Artifact:
             ArtifactError: If another artifact has taken its place.
         """
         try:
-            same = self.place == _place(self.path)
+            same = self.place is not None and self.place.is_at(self.path)
             same = same and _lasting(_manifest(self.path)) == _lasting(self.manifest)
         except (OSError, *_MALFORMED):
             same = False
@@ -210,7 +243,7 @@ def write_artifact(
         full = {"schema": SCHEMA, **manifest, "files": files}
         text = sealed(full)
         (new / MANIFEST).write_text(text)
-    return Artifact(target, json.loads(text), _place(target))
+    return Artifact(target, json.loads(text), Place(target))
 
 
 def sealed(manifest: dict[str, Any]) -> str:
@@ -292,11 +325,6 @@ def _replaced(root: Path) -> ArtifactError:
     )
 
 
-def _place(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino
-
-
 def _state(root: Path) -> list[tuple[int, ...] | None]:
     """What changes when an artifact is replaced, or its report."""
 
@@ -327,7 +355,7 @@ def _steady(check: Callable[[Path], Artifact]) -> Callable[[str | Path], Artifac
                         with contextlib.suppress(*_MALFORMED):
                             _finish_report(root)
                         before = _state(root)
-                    artifact, place = check(root), _place(root)
+                    artifact, place = check(root), Place(root)
                 except (ArtifactError, OSError):
                     if not last:
                         with contextlib.suppress(OSError, *_MALFORMED), locked(root):

@@ -53,29 +53,34 @@ def load(
 
     watch = Watch(probe_every, probe_alarm)
     artifact = open_artifact(path)
-    session = load_session(artifact, allow_jit=allow_jit)
-    session.check_finite = check_finite
-    try:
-        own = {"local_files_only": True}
-        config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=False, **own)
-        generation = GenerationConfig.from_pretrained(artifact.path, **own)
-        tokenizer = AutoTokenizer.from_pretrained(
-            artifact.path, padding_side="left", trust_remote_code=False, **own
-        )
-    except Exception as error:  # libraries that read them fail in many ways
-        raise ArtifactError(
-            f"{artifact.path} lacks the model's Hugging Face files, or they are damaged",
-            expected="config.json, generation_config.json and a tokenizer",
-            got=f"{type(error).__name__}: {error}"[:400],
-            fix="compile the artifact again",
-        ) from error
-    artifact.check_current()
+    with artifact.unreplaced():
+        session = load_session(artifact, allow_jit=allow_jit)
+        session.check_finite = check_finite
+        try:
+            own = {"local_files_only": True}
+            config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=False, **own)
+            generation = GenerationConfig.from_pretrained(artifact.path, **own)
+            tokenizer = AutoTokenizer.from_pretrained(
+                artifact.path, padding_side="left", trust_remote_code=False, **own
+            )
+        except Exception as error:  # libraries that read them fail in many ways
+            raise ArtifactError(
+                f"{artifact.path} lacks the model's Hugging Face files, or they are damaged",
+                expected="config.json, generation_config.json and a tokenizer",
+                got=f"{type(error).__name__}: {error}"[:400],
+                fix="compile the artifact again",
+            ) from error
     announce(artifact.path, artifact.manifest, "transformers")
     return ShadowcForCausalLM(config, generation, session, artifact.manifest, tokenizer, watch)
 
 
 def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
     """The bare step function of an artifact, without tokenizer or transformers."""
+    with artifact.unreplaced():  # what was checked is what is read
+        return _load_session(artifact, allow_jit)
+
+
+def _load_session(artifact: Artifact, allow_jit: bool) -> Session:
     manifest, listing = artifact.manifest, artifact.path / MANIFEST
     shape, policy = read_shape(listing, manifest), read_policy(listing, manifest)
     length = int(manifest["max_seq_len"])
@@ -98,6 +103,4 @@ def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
         if dense_from is not None:
             session.dense_from_batch, session.dense_program = dense_from, manifest["dense_program"]
             session.program(session.dense_program)  # it must be there
-        served = backend.serve(session, artifact.path, batches, allow_jit=allow_jit)
-    artifact.check_current()  # what was checked is what was read
-    return served
+        return backend.serve(session, artifact.path, batches, allow_jit=allow_jit)
