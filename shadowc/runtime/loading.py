@@ -75,7 +75,22 @@ def load(
 
 
 def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
-    """The bare step function of an artifact, without tokenizer or transformers."""
+    """The bare step function of an artifact, without tokenizer or transformers.
+
+    Raises:
+        ArtifactError: If a file is not what a session can run, or was replaced; names it.
+        KernelError: If this machine cannot run its target.
+    """
+    try:
+        served = _load_session(artifact, allow_jit)
+    except ArtifactError:
+        artifact.check_current()  # what does not fit may be another artifact's
+        raise
+    artifact.check_current()  # what was checked is what was read
+    return served
+
+
+def _load_session(artifact: Artifact, allow_jit: bool) -> Session:
     manifest, listing = artifact.manifest, artifact.path / MANIFEST
     shape, policy = read_shape(listing, manifest), read_policy(listing, manifest)
     length = int(manifest["max_seq_len"])
@@ -98,6 +113,4 @@ def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
         if dense_from is not None:
             session.dense_from_batch, session.dense_program = dense_from, manifest["dense_program"]
             session.program(session.dense_program)  # it must be there
-        served = backend.serve(session, artifact.path, batches, allow_jit=allow_jit)
-    artifact.check_current()  # what was checked is what was read
-    return served
+        return backend.serve(session, artifact.path, batches, allow_jit=allow_jit)

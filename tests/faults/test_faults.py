@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -212,7 +213,7 @@ def test_an_artifact_that_is_replaced_while_it_is_loaded(made, one, tiny_opt):
         while True:
             for name in ("two", "one"):
                 put(made / name, one)
-                time.sleep(0.01)
+                time.sleep(random.uniform(0, 0.3))  # loading takes some of that
 
     ids = tiny_opt.ids(1, 6)
     expected = {
