@@ -73,4 +73,7 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)
-    return "can't allocate memory" in text or "annot allocate memory" in text
+    # The last is oneDNN's word for no memory for code or scratch; where it has no such product it
+    # says which one.
+    said = "can't allocate memory" in text or "annot allocate memory" in text
+    return said or text == "could not create a primitive"

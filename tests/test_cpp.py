@@ -43,7 +43,7 @@ def built(tmp_path_factory):
     build = tmp_path_factory.mktemp("build")
     source = ["-S", ROOT / "examples/cpp", "-B", build, f"-DSHADOWC={ROOT / 'shadowc'}"]
     options = [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
-               "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]  # fmt: skip
+               "-DCMAKE_CXX_FLAGS_RELEASE=-O0"]  # fmt: skip
     for command in (["cmake", *source, *options], ["cmake", "--build", build, "-j", "2"]):
         done = subprocess.run([*map(str, command)], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -176,6 +176,7 @@ def misfits():
     yield ("sparse_mlp", (*mlp, "relu", True, index, None)), "index and count together"
     yield ("sparse_mlp", (*mlp, "tanh", True, index, count)), "activation tanh"
     yield ("sparse_mlp", (*mlp, "relu", True, index.long(), count)), "'index' is of another type"
+    yield ("sparse_mlp", (*mlp, "relu", True, index, count + 1)), "a keep set is not ascending"
     yield ("select", (torch.zeros(1, L, F), L * F + 1, 0, False)), "'keep' does not fit"
 
 

@@ -108,9 +108,9 @@ def overflowing(tiny, layer):
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_an_overflow_while_it_runs_names_its_layer(tiny, layer):
-    ids = tiny.ids(1, 8)
-    session = overflowing(tiny, layer)
+def test_an_overflow_while_it_runs_names_its_layer(tiny_opt, layer):
+    ids = tiny_opt.ids(1, 8)
+    session = overflowing(tiny_opt, layer)
     assert not session.step(ids, session.new_cache(1))["logits"].isfinite().all()  # not asked for
     session.check_finite = True
     with pytest.raises(NumericsError, match=f"first in layer {layer}, at ") as raised:
@@ -118,8 +118,8 @@ def test_an_overflow_while_it_runs_names_its_layer(tiny, layer):
     assert "token 8" in str(raised.value) and "--dtype" in str(raised.value)
 
 
-def test_an_overflow_of_a_decoded_token_is_named(tiny):
-    ids, good, bad = tiny.ids(1, 8), tiny.session(POLICY), overflowing(tiny, 1)
+def test_an_overflow_of_a_decoded_token_is_named(tiny_opt):
+    ids, good, bad = tiny_opt.ids(1, 8), tiny_opt.session(POLICY), overflowing(tiny_opt, 1)
     cache = good.new_cache(1)
     good.step(ids, cache)
     good.check_finite = True

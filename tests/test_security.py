@@ -39,4 +39,4 @@ def test_every_promise_names_its_tests():
             assert test in known, f"there is no {'::'.join(test)}"
         cells = [cell.strip() for cell in block.split("|")[1:-1]]
         assert not cells or _TEST.search(cells[-1]), f"its last cell names no test: {block}"
-    assert len(text.splitlines()) < 60, "one page"
+    assert len(text.splitlines()) < 70, "one page"

@@ -26,19 +26,20 @@ from torch import Tensor, fx
 from shadowc.errors import ArtifactError
 from shadowc.native import CPU_LAUNCHERS
 
-#: The operators of aten that programs call: what the passes leave of OPT and Llama.
+#: The operators of aten that programs call: what the passes leave of OPT and Llama (`matmul` with
+#: torch 2.11).
 _ATEN = frozenset(
     """
     __and__.Tensor __or__.Tensor add.Tensor alias.default amin.default bitwise_not.default
     cat.default clamp.default contiguous.default cos.default cumsum.default embedding.default
     eq.Tensor expand.default expand_as.default flatten.using_ints gather.default gelu.default
     gt.Tensor layer_norm.default le.Tensor linear.default lt.Scalar masked_fill.Scalar
-    mean.dim mul.Tensor nan_to_num.default neg.default new_empty.default new_zeros.default
-    ones_like.default pow.Tensor_Scalar relu.default reshape.default rsqrt.default rsub.Scalar
-    scaled_dot_product_attention.default select.int silu.default sin.default slice.Tensor
-    split_with_sizes.default stack.default sum.dim_IntList sym_size.int t.default to.dtype
-    topk.default transpose.int unbind.int unflatten.int unsqueeze.default view.default
-    view_as.default zeros_like.default
+    matmul.default mean.dim mul.Tensor nan_to_num.default neg.default new_empty.default
+    new_zeros.default ones_like.default pow.Tensor_Scalar relu.default reshape.default
+    rsqrt.default rsub.Scalar scaled_dot_product_attention.default select.int silu.default
+    sin.default slice.Tensor split_with_sizes.default stack.default sum.dim_IntList sym_size.int
+    t.default to.dtype topk.default transpose.int unbind.int unflatten.int unsqueeze.default
+    view.default view_as.default zeros_like.default
     """.split()
 )  # fmt: skip
 _PYTHON = {

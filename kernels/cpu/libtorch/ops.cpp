@@ -27,15 +27,10 @@ using Maybe = std::optional<Tensor>;
 using Sizes = std::initializer_list<int64_t>;
 
 // Every call of a C function goes through here.
-template <class Arguments, class Result>
-void call(const char* name, Result (*function)(const Arguments*), const Arguments& arguments) {
-  if constexpr (std::is_void_v<Result>) {
-    function(&arguments);
-  } else {
-    const int code = function(&arguments);
-    STD_TORCH_CHECK(code == 0, "shadowc::", name, " refuses its arguments, code ", code,
-                    code == 1 ? ": the sequence does not fit in the cache" : "");
-  }
+template <class Arguments>
+void call(const char* name, int (*function)(const Arguments*), const Arguments& arguments) {
+  const int code = function(&arguments);
+  STD_TORCH_CHECK(code == kFine, "shadowc::", name, " refuses its arguments: ", reason(code));
 }
 
 int threads() { return (int)torch::stable::get_num_threads(); }
