@@ -75,7 +75,12 @@ def load(
 
 
 def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
-    """The bare step function of an artifact, without tokenizer or transformers."""
+    """The bare step function of an artifact, without tokenizer or transformers.
+
+    Raises:
+        ArtifactError: If a file is not what a session can run, or was replaced; names it.
+        KernelError: If this machine cannot run its target.
+    """
     with artifact.unreplaced():  # what was checked is what is read
         return _load_session(artifact, allow_jit)
 

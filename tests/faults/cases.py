@@ -494,7 +494,7 @@ def main() -> None:
                 continue
             step = 1 if kind != "artifact" else stride
             found[f"{kind}, {fault}"] = struck(world, faults, kind, fault, step, old=True)
-    found["new artifact, kill"] = struck(world, faults, "artifact", "kill", 2 * stride, old=False)
+    found["new artifact, kill"] = struck(world, faults, "artifact", "kill", stride, old=False)
     if disks:
         found["calibrating, full"] = full_while_calibrating(world, faults, stride)
         found["read-only"] = read_only(world)
