@@ -36,6 +36,7 @@ def test_unknown_instruction_set_is_refused():
 
 def test_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
     native.library.cache_clear()
+    monkeypatch.delenv("SHADOWC_LIBRARY", raising=False)
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     try:
         with pytest.raises(KernelError, match="build_ext"):
