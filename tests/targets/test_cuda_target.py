@@ -888,10 +888,10 @@ def test_loading_follows_the_manifest(copy, monkeypatch):
     found = describe_artifact(artifact)
     assert found["policy_in_effect"] == "sparse; dense (batch >= 4, program dense)"
     assert found["dense_from_batch"] == 4
-    with pytest.raises(ArtifactError, match="no program 'magic'"):
-        load_session(edit(dense_program="magic"))
-    with pytest.raises(ArtifactError, match="not a manifest"):
-        load_session(edit(dense_from_batch="many"))
+    with pytest.raises(ArtifactError, match=r"(?s)manifest\.json.*dense_program"):
+        edit(dense_program="magic")
+    with pytest.raises(ArtifactError, match=r"(?s)manifest\.json.*dense_from_batch"):
+        edit(dense_from_batch="many")
 
 
 def test_a_batch_without_kernels_is_not_measured(artifact):
