@@ -41,7 +41,7 @@ from shadowc.runtime.loading import load
 from shadowc.runtime.streaming import TimedStreamer
 from shadowc.versions import versions
 
-MODELS = ("random:opt-1.3b", "opt-books-15m")
+MODELS, TARGETS = ("random:opt-1.3b", "opt-books-15m"), ("cpu", "onnx-cpu")
 RESULTS = Path(__file__).parent / "results"
 PROMPT, NEW, TURNS = 128, 64, 5
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
@@ -51,6 +51,7 @@ def main() -> None:
     """Measure every model and write one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("artifacts/benchmarks"))
     options = parser.parse_args()
@@ -58,7 +59,7 @@ def main() -> None:
     rows = [
         row
         for model in options.models
-        for target in ("cpu", "onnx-cpu")
+        for target in options.targets
         for row in measure(model, target, compiled(model, target, options.work), options.threads)
     ]
     write(rows, options.threads)

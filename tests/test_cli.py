@@ -840,8 +840,9 @@ def test_memory_that_does_not_suffice_is_tried_smaller(small_model, tmp_path):
         "print(found.examples, tried)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(small_model), str(300 << 20)],
-        capture_output=True, text=True, env=ENVIRONMENT,
+        [sys.executable, "-c", code, str(small_model), str(400 << 20)],
+        capture_output=True, text=True,
+        env=ENVIRONMENT | {"MALLOC_ARENA_MAX": "1"},  # each of a thread's takes 64 MiB of room
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2300 [65536")

@@ -65,7 +65,7 @@ def test_formulas(units):
     expected["sens"] = expected["l2norm"]
     for name, scores in expected.items():
         found = CRITERIA[name].score(units).double()
-        torch.testing.assert_close(found, scores, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-12)  # sums cancel
 
 
 def test_contrib_is_what_the_output_projection_makes_of_one_unit(units):
