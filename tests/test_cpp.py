@@ -47,6 +47,7 @@ def built(tmp_path_factory):
     for command in (["cmake", *source, *options], ["cmake", "--build", build, "-j", "2"]):
         done = subprocess.run([*map(str, command)], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+    assert "CMAKE_BUILD_TYPE:STRING=Release\n" in (build / "CMakeCache.txt").read_text()
     return build
 
 
