@@ -19,15 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import statistics
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +31,7 @@ import torch
 from transformers import pipeline
 
 from shadowc.evaluation.bench import device
+from shadowc.evaluation.servers import served
 from shadowc.evaluation.sources import held_out
 from shadowc.models import slug
 from shadowc.runtime.loading import load
@@ -103,12 +100,14 @@ def measure(name: str, target: str, path: Path, threads: int) -> list[dict[str, 
         run(streamer)
         return streamer.times[1:]  # the first is the prompt's
 
-    with served(path, threads) as ask:
+    body = {"prompt": text, "generation_config": json.dumps({**GREEDY, "eos_token_id": None})}
+    settings = {"OMP_NUM_THREADS": str(threads)}
+    with served("shadowc", "serve", path, environment=settings) as ask:
         ways: dict[str, Callable[[], list[float]]] = {
             "step": step,
             "generate": lambda: streamed(lambda s: model.generate(ids, streamer=s, **GREEDY)),
             "pipeline": lambda: streamed(lambda s: write_(text, streamer=s, **GREEDY)),
-            "server": lambda: ask(text),
+            "server": lambda: ask(body)[:NEW],
         }
         found: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(-1, TURNS):
@@ -128,43 +127,6 @@ def measure(name: str, target: str, path: Path, threads: int) -> list[dict[str, 
         }
         for way, value in ms.items()
     ]
-
-
-@contextmanager
-def served(path: Path, threads: int) -> Iterator[Callable[[str], list[float]]]:
-    """`shadowc serve` in a process of its own; gives what asks it and notes when chunks came."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = (sys.executable, "-m", "shadowc", "serve", str(path), "--port", str(port))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    quiet = subprocess.DEVNULL
-    server = subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet)
-
-    def ask(prompt: str) -> list[float]:
-        config = json.dumps({**GREEDY, "eos_token_id": None})
-        body = {"prompt": prompt, "stream": True, "generation_config": config}
-        request = urllib.request.Request(
-            f"http://localhost:{port}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as answer:
-            return [time.perf_counter() for line in answer if b'"text":' in line][:NEW]
-
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://localhost:{port}/health").read()
-                break
-            except OSError:
-                if server.poll() is not None:
-                    raise
-                time.sleep(0.2)
-        yield ask
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def write(rows: list[dict[str, Any]], threads: int) -> None:

@@ -19,24 +19,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import statistics
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from shadowc.evaluation.bench import device
+from shadowc.evaluation.servers import served
 from shadowc.models import load_model, slug
 from shadowc.versions import versions
 
+Ask = Callable[[Mapping[str, Any]], list[float]]
 RESULTS = Path(__file__).parent / "results"
 PROMPT, NEW, TURNS, ROUNDS, BATCHES = 128, 64, 3, 3, (1, 4)
 
@@ -53,7 +52,7 @@ def main() -> None:
     found: dict[tuple[str, int], list[float]] = {}
     for turn in range(options.rounds):
         for way in (*[*paths][turn % 3 :], *[*paths][: turn % 3]):
-            with served(paths[way], options.cpus) as ask:
+            with server(paths[way], options.cpus) as ask:
                 for batch in BATCHES:
                     found.setdefault((way, batch), []).extend(measure(ask, batch))
                     print(f"round {turn}, {way}, batch {batch}", file=sys.stderr)
@@ -84,52 +83,28 @@ def shadowc(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "shadowc", *map(str, arguments)], check=True)
 
 
-@contextmanager
-def served(path: Path, cpus: str) -> Iterator[Callable[[int], list[float]]]:
-    """vLLM's server in a process of its own; gives what asks it and notes when chunks came."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path),
-               "--served-model-name", "it", "--port", str(port), "--no-enable-prefix-caching",
-               "--max-model-len", "512", "--kv-cache-memory-bytes", "2G")  # fmt: skip
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": cpus, "VLLM_NO_USAGE_STATS": "1"}
-    server = subprocess.Popen(command, env=environment, **quiet)
-
-    def ask(seed: int) -> list[float]:
-        ids = torch.randint(5, 8000, (PROMPT,), generator=torch.Generator().manual_seed(seed))
-        body = {"model": "it", "prompt": ids.tolist(), "stream": True, "max_tokens": NEW,
-                "temperature": 0, "ignore_eos": True}  # fmt: skip
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as answer:
-            return [time.perf_counter() for line in answer if b'"text":' in line][:NEW]
-
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").read()
-                break
-            except OSError:
-                if server.poll() is not None:
-                    raise
-                time.sleep(0.2)
-        yield ask
-    finally:
-        server.terminate()
-        server.wait()
+def server(path: Path, cpus: str) -> AbstractContextManager[Ask]:
+    """vLLM's server of a model."""
+    return served(
+        "vllm.entrypoints.openai.api_server", "--model", path, "--served-model-name", "it",
+        "--no-enable-prefix-caching", "--max-model-len", 512, "--kv-cache-memory-bytes", "2G",
+        environment={"VLLM_CPU_OMP_THREADS_BIND": cpus, "VLLM_NO_USAGE_STATS": "1"},
+    )  # fmt: skip
 
 
-def measure(ask: Callable[[int], list[float]], batch: int) -> list[float]:
+def stream(ask: Ask, seed: int) -> list[float]:
+    """When each new token of a random prompt came."""
+    ids = torch.randint(5, 8000, (PROMPT,), generator=torch.Generator().manual_seed(seed))
+    body = {"model": "it", "prompt": ids.tolist(), "max_tokens": NEW, "temperature": 0}
+    return ask(body | {"ignore_eos": True})[:NEW]
+
+
+def measure(ask: Ask, batch: int) -> list[float]:
     """Milliseconds a token of each stream; the first turn is not counted."""
     found = []
     for turn in range(-1, TURNS):
         with ThreadPoolExecutor(batch) as pool:
-            streams = list(pool.map(ask, range(batch)))
+            streams = list(pool.map(stream, [ask] * batch, range(batch)))
         if turn >= 0:
             found += [1e3 * (times[-1] - times[0]) / (len(times) - 1) for times in streams]
     return found

@@ -17,7 +17,7 @@ PORT = 8017
 
 
 def main(path: str, *prompts: str) -> None:
-    """Start `vllm serve`, let each prompt go on in a stream of its own, say what ran."""
+    """Start the server, let each prompt go on in a stream of its own, say what ran."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path]
     command += ["--port", str(PORT), "--kv-cache-memory-bytes", "256M"]
     client = OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", max_retries=0)

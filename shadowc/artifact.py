@@ -374,15 +374,12 @@ def _steady(check: Callable[[Path], Artifact]) -> Callable[[str | Path], Artifac
     return opened
 
 
-@_steady
-def open_artifact(path: Path) -> Artifact:
-    """Check an artifact directory and read its manifest.
+def read_manifest(root: Path) -> dict[str, Any]:
+    """What an artifact says of itself, checked; of its files nothing is.
 
     Raises:
-        ArtifactError: If it is missing, of another schema, or a file is missing, truncated, edited
-            or outside the directory; names the file.
+        ArtifactError: If it is missing, of another schema or edited.
     """
-    root = path
     if not os.path.lexists(root / MANIFEST):
         raise ArtifactError(
             f"{root} is not an artifact",
@@ -401,6 +398,20 @@ def open_artifact(path: Path) -> Artifact:
     for name in files:
         foreign.check_name(root, name, MANIFEST)
     check_manifest(root / MANIFEST, manifest)
+    return manifest
+
+
+@_steady
+def open_artifact(path: Path) -> Artifact:
+    """Check an artifact directory and read its manifest.
+
+    Raises:
+        ArtifactError: If it is missing, of another schema, or a file is missing, truncated, edited
+            or outside the directory; names the file.
+    """
+    root = path
+    manifest = read_manifest(root)
+    files = manifest["files"]
     _refuse_machine_code(root, manifest)
     for name, entry in files.items():
         foreign.check_content(root, name, entry)
@@ -419,8 +430,9 @@ def _refuse_machine_code(root: Path, manifest: Mapping[str, Any]) -> None:
     if found := foreign.brings_machine_code(manifest):
         raise ArtifactError(
             f"{root / found[0]} holds machine code, which you do not want",
-            expected="an artifact without any, such as one of the targets cpu and onnx-cpu",
-            got=f"target {manifest['target']}",
+            expected="an artifact without any, such as one of the targets cpu (without "
+            "--aot-inductor) and onnx-cpu",
+            got=found[0],
             fix=f"leave out --no-native ({NO_NATIVE}=1) if you trust who made it",
         )
 

@@ -45,13 +45,13 @@ class _AfterImport(MetaPathFinder):
         """The module's own spec, its loader extended; None for every other module."""
         if name != _MODULE:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             run = loader.exec_module
 
             def then_register(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 run(module)
                 register()
 

@@ -1,12 +1,10 @@
-"""The examples run as their docstrings say."""
+"""The demo and the reproduction of the paper; tests/serving, vllm and test_cpp run the others."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,14 +16,6 @@ from shadowc.errors import OptionError
 from shadowc.evaluation.bench import device
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-
-
-def run(name, *arguments, cwd):
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONUTF8": "1"}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def load_example(name):

@@ -26,7 +26,8 @@ def probe(session: Session, ids: Tensor, prompt: int) -> dict[str, float] | None
 
     Args:
         session: An artifact.
-        ids: int64 [1, T], prompt and answer.
+        ids: int64 [1, T], prompt and answer; of more than 256 tokens the last ones, as if they
+            were all.
         prompt: Tokens of the prompt, at least 1, which run dense.
 
     Returns:
@@ -35,7 +36,8 @@ def probe(session: Session, ids: Tensor, prompt: int) -> dict[str, float] | None
         likeliest successor is that of the dense model. None if nothing is skipped or no decoded
         token has a successor.
     """
-    ids = ids[:, :MOST_TOKENS].cpu()
+    cut = max(ids.shape[1] - MOST_TOKENS, 0)
+    ids, prompt = ids[:, cut:].cpu(), max(prompt - cut, 1)
     if not session.skips_units or ids.shape[1] - prompt < 2:
         return None
     ran = teacher_forced(session, ids, prompt=prompt)

@@ -80,7 +80,7 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         dtype, device = asked.get("dtype", asked.get("torch_dtype")), asked.get("device_map")
         if isinstance(device, dict):
             device = device.get("")
-        stored, kind = model.manifest["dtype"], model.device.type
+        stored = model.manifest["dtype"]
         if str(dtype).removeprefix("torch.") not in ("None", "auto", stored):
             raise OptionError(
                 f"{path} has weights of one type",
@@ -88,10 +88,10 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
                 got=dtype,
                 fix="leave dtype out, or compile with another --dtype",
             )
-        if str(device).partition(":")[0] not in ("None", "auto", kind):
+        if device not in (None, "auto") and not _is_here(device, model.device):
             raise OptionError(
                 f"{path} runs where its target is",
-                expected=f'device_map="auto" or {kind} (target {model.manifest["target"]})',
+                expected=f'device_map="auto" or {model.device} (target {model.manifest["target"]})',
                 got=device,
                 fix="leave device_map out, or compile for another --target",
             )
@@ -116,9 +116,8 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             OptionError: If it shall go to another device or type.
         """
         device, dtype, *_ = torch._C._nn._parse_to(*arguments, **options)
-        if (device is not None and device.type != self.device.type) or dtype not in (
-            None, self.dtype,
-        ):  # fmt: skip
+        here = device is None or _is_here(device, self.device)
+        if not here or dtype not in (None, self.dtype):
             raise OptionError(
                 "an artifact runs on the device and with the types that it was compiled for",
                 expected=f"{self.device}, {self.dtype}",
@@ -158,7 +157,7 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, filled + T] of 0 and 1; None means no padding. With a cache zeros
-                are on the left, without one on the right.
+                are on the left, the same as when it was new; without one they are on the right.
             past_key_values: The cache to go on with.
             use_cache: True starts a cache where none is given. Otherwise, without a cache, whole
                 sequences run in one pass, every token but the first with the mask that decoding
@@ -190,14 +189,13 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
                 expected="past_key_values=model.session.new_cache(batch), or none",
                 got=type(cache).__name__,
             )
-        if cache is None and not (self.config.use_cache if use_cache is None else use_cache):
+        if cache is None and not use_cache:
             return self._score(input_ids, attention_mask, labels)
         if labels is not None:
             raise OptionError("labels are for whole sequences", fix="leave use_cache out")
         if cache is None:
             cache = self.session.new_cache(input_ids.shape[0])
-        if cache.length == 0 and attention_mask is not None:
-            cache.start = padding(attention_mask)
+        _set_padding(cache, attention_mask, input_ids.shape[1])
         logits = self.session.step(input_ids, cache)["logits"]
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
@@ -239,6 +237,8 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         if isinstance(inputs, Tensor) and not inputs.numel():
             raise no_tokens()
         found = super().generate(*arguments, **options)
+        if getattr(options.get("generation_config"), "is_assistant", False):
+            return found  # a draft is no request
         with self.session.lock:
             due = self.watch.due()
         if due:
@@ -246,8 +246,15 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             mask = options.get("attention_mask")
             start = 0 if mask is None else int(padding(mask)[0])
             prompt = 1 if inputs is None else inputs.shape[1]
-            self.watch.probe(self.session, ids[:1, start:], prompt - start)
+            ids = ids[:1, start : prompt + self._answer_length(ids[0, prompt:])]
+            self.watch.probe(self.session, ids, prompt - start)
         return found
+
+    def _answer_length(self, answer: Tensor) -> int:
+        """Tokens of one row's answer, without the padding that follows its end."""
+        ends = torch.tensor(self.generation_config.eos_token_id or [], device=answer.device)
+        found = torch.isin(answer, ends).nonzero()
+        return int(found[0]) + 1 if len(found) else len(answer)
 
     def _assisted_decoding(self, *arguments: Any, **options: Any) -> Any:
         """Refused: it verifies several tokens at once, and each has its own units.
@@ -281,9 +288,7 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus,
                 streamer, **model_kwargs,
             )  # fmt: skip
-        mask = model_kwargs.get("attention_mask")
-        if cache.length == 0 and mask is not None:
-            cache.start = padding(mask)
+        _set_padding(cache, model_kwargs.get("attention_mask"), input_ids.shape[1] - cache.length)
         return sample_ahead(
             self.session, input_ids, cache, logits_processor, stopping_criteria,
             generation_config, streamer,
@@ -323,6 +328,35 @@ class ShadowcForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             # A draft's cache serves the longer drafts that follow.
             room = None if generation_config.is_assistant else generation_config.max_length
             model_kwargs["past_key_values"] = self.session.new_cache(rows, room)
+
+
+def _is_here(asked: Any, here: torch.device) -> bool:
+    """Whether a device that was asked for, by number, name or as one, is this one."""
+    try:
+        device = torch.device(f"cuda:{asked}" if isinstance(asked, int) else asked)
+    except (RuntimeError, TypeError):
+        return False
+    return device.type == here.type and device.index in (None, here.index or 0)
+
+
+def _set_padding(cache: KVCache, attention_mask: Tensor | None, tokens: int) -> None:
+    """Tell a new cache its padding; refuse another one for a cache that goes on.
+
+    Raises:
+        OptionError: If the padding is not on the left, or not what the cache began with.
+    """
+    if attention_mask is None or (cache.length and tokens == 1):
+        return  # one token brings no padding, and asking costs as much as a small step
+    start = padding(attention_mask)
+    if not cache.length:
+        cache.start = start
+    elif not torch.equal(start.to(cache.start.device), cache.start):
+        raise OptionError(
+            "the attention mask has other padding than the cache began with",
+            expected=f"{cache.start.tolist()} zeros on the left of the rows, then ones",
+            got=start.tolist(),
+            fix="pad all turns of a conversation in its first one, or begin a new cache",
+        )
 
 
 def padding(attention_mask: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 The server, its options and its OpenAI endpoints are those of `transformers serve`. Two things are
 ours, because an artifact has a compiled length: a request that does not fit is answered 400 before
 anything runs (transformers finds out while it generates: 500, or an error within the stream), and
-transformers' default of 1,024 new tokens means as many as fit.
+no number of new tokens, or transformers' default of 1,024, means as many as fit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from shadowc.artifact import open_artifact
 from shadowc.errors import LengthError, OptionError, ShadowcError
+from shadowc.runtime.session import no_tokens
 from shadowc.runtime.watch import ALARM, EVERY, Watch
 
 _DEFAULT_NEW_TOKENS = 1024  # of transformers
@@ -96,7 +97,11 @@ def _extend() -> None:
         @app.get("/counters")  # type: ignore[untyped-decorator]
         def counters() -> dict[str, Any]:
             loaded = arguments[0].loaded_models
-            return {name: one.model.counters() for name, one in loaded.items()}
+            return {
+                name: one.model.counters()
+                for name, one in loaded.items()
+                if isinstance(one.model, ShadowcForCausalLM)
+            }
 
         return app
 
@@ -105,11 +110,13 @@ def _extend() -> None:
 
 
 def _fit(model: Any, inputs: Any, config: Any) -> None:
-    """Refuse a request that is longer than the artifact; bound one that names no length."""
+    """Refuse a request that is empty or longer than the artifact; bound one of no length."""
     limit, prompt = model.session.max_seq_len, inputs["input_ids"].shape[-1]
+    if not prompt:
+        raise no_tokens()
     new = config.max_new_tokens
-    if new == _DEFAULT_NEW_TOKENS:
-        new = config.max_new_tokens = max(1, min(new, limit - prompt))
+    if new in (None, _DEFAULT_NEW_TOKENS):
+        new = config.max_new_tokens = max(1, min(_DEFAULT_NEW_TOKENS, limit - prompt))
     if prompt + new > limit:
         raise LengthError(
             "the request is longer than the compiled length",

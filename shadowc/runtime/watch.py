@@ -137,10 +137,16 @@ class Watch:
         """
         from shadowc.evaluation.probe import probe
 
-        found = probe(session, ids, prompt)
+        try:
+            found = probe(session, ids, prompt)
+        except RuntimeError as error:  # such as too little memory: the answer is there already
+            LOGGER.warning("request %d could not be probed: %s", self.requests, error)
+            return
         if found is None:
             return
-        self.probes.append(found)
+        with session.lock:  # of whoever reads the counters
+            self.probes.append(found)
+            mean = self.mean()["probe_recall"]
         LOGGER.info(
             "probe of request %d, %d tokens: recall %.2f, keeps %.0f%% of the heads and %.0f%% of "
             "the neurons that mattered most; %.0f%% of the tokens are dense's",
@@ -149,7 +155,6 @@ class Watch:
             found["recall"],
             *(100 * found[key] for key in ("recall_heads", "recall_neurons", "agreement")),
         )
-        mean = self.mean()["probe_recall"]
         if mean < self.alarm:
             LOGGER.warning(
                 "the predictor keeps %.2f of the units that matter, in the last %d probes, below "

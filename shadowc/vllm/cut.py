@@ -1,7 +1,7 @@
 """Which units run for which tokens of a batch: prompts run whole, decoded tokens their own units.
 
 A batch of vLLM's is a list of tokens, T of them: some of prompts, some decoded. What every token's
-result is never depends on the others; how it is computed does:
+result is does not depend on the others, but for the order of sums; how it is computed does:
 
     prompt tokens                  the dense op
     few decoded tokens             the native op: the union of their neurons is read once, and each

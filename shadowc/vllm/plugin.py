@@ -1,7 +1,7 @@
 """The entry point: vLLM's processes call `register` and then know artifacts.
 
     pip install 'shadowc[vllm]'
-    vllm serve ARTIFACT
+    python -m vllm.entrypoints.openai.api_server --model ARTIFACT
 
 An artifact's config names the architecture `ShadowcForCausalLM`. What vLLM has for it then: a model
 (`model.py`), a worker whose runner says which tokens are decoded (`worker.py`), and `Checks`, which
@@ -14,11 +14,11 @@ graphs, nothing is written, as nothing of that was run.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from shadowc.errors import ArtifactError, OptionError
+from shadowc.artifact import read_manifest
+from shadowc.errors import OptionError
 from shadowc.runtime.config import ARCHITECTURE, MODEL_TYPE, ONNX_ARCHITECTURE, ShadowcConfig
 
 #: The version of vLLM whose interfaces this plugin knows.
@@ -80,7 +80,7 @@ class Checks:
             ArtifactError: If the artifact is missing or damaged.
             OptionError: If it, or what vLLM is asked for, cannot run here.
         """
-        manifest = read_manifest(Path(config.model_config.model))
+        manifest = read_manifest(Path(config.model_config.model))  # the worker checks the files
         check_artifact(manifest)
         check_options(config, int(manifest["max_seq_len"]))
         from vllm.config import CompilationMode
@@ -89,24 +89,6 @@ class Checks:
         config.cache_config.enable_prefix_caching = False
         config.parallel_config.worker_cls = "shadowc.vllm.worker.ShadowcWorker"
         config.compilation_config.mode = CompilationMode.NONE  # our ops are native already
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """What an artifact says of itself; the worker checks all files.
-
-    Raises:
-        ArtifactError: If it cannot be read.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-        return manifest
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{path} is not an artifact",
-            expected="a directory that shadowc compile made",
-            got=error,
-            fix="give vLLM the artifact's directory",
-        ) from error
 
 
 def check_artifact(manifest: dict[str, Any]) -> None:

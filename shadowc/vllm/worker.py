@@ -2,7 +2,7 @@
 
 A token is a decoded one if its position is past its request's prompt. That also holds while vLLM
 computes a request again that it had preempted, prompt and answer in one go: each token runs the
-units that it ran before, so the answer goes on as if nothing had happened.
+units that it ran before, so the answer goes on as before but for the order of sums.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from shadowc.native import CPU_LAUNCHERS
 
-#: Where vLLM says which CPUs a worker's threads are bound to, for one OpenMP library or another.
-_BOUND = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
+#: How vLLM says which CPUs a worker's threads are bound to, for one OpenMP library or another.
+_BOUND = {
+    "GOMP_CPU_AFFINITY": r"(\d+(?: \d+)*)",
+    "KMP_AFFINITY": r"granularity=fine,explicit,proclist=\[([\d,]+)\]",
+    "OMP_PLACES": r"\{([\d,]+)\}",
+}
 
 
 class ShadowcRunner(CPUModelRunner):  # type: ignore[misc]
@@ -67,7 +71,8 @@ def _start_threads() -> None:
     would all share its CPU.
     """
     own = os.sched_getaffinity(0)
-    bound = {int(cpu) for name in _BOUND for cpu in re.findall(r"\d+", os.environ.get(name, ""))}
+    said = (re.fullmatch(form, os.environ.get(name, "")) for name, form in _BOUND.items())
+    bound = {int(cpu) for match in said if match for cpu in re.findall(r"\d+", match[1])}
     os.sched_setaffinity(0, bound or own)
     CPU_LAUNCHERS["linear"](torch.zeros(1, 1, 64), torch.zeros(1 << 14, 64), None)
     os.sched_setaffinity(0, own)

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from shadowc.foreign import seal
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: see `make vllm`"
 )
@@ -238,7 +240,10 @@ REFUSED = {
         "--speculative-config",
     ),
     "cache type": ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype"),
-    "longer": ({"max_model_len": 4096}, "1024"),
+    "longer": (
+        {"max_model_len": 4096, "environment": {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}},
+        "compiled length",
+    ),
     "target": ({"model": "h100"}, "vLLM runs artifacts of one target"),
     "onnx": ({"model": "onnx"}, "vLLM runs artifacts of one target"),
     "refresh": ({"model": "refresh"}, "--refresh token"),
@@ -255,7 +260,8 @@ artifact, cases = sys.argv[1], json.loads(sys.argv[2])
 config = EngineArgs(model=artifact).create_engine_config()
 print(json.dumps([config.cache_config.enable_prefix_caching, str(config.model_config.dtype)]))
 for options in cases:
-    os.environ |= options.pop("environment", {})
+    changed = options.pop("environment", {})
+    os.environ |= changed
     if "version" in options:
         vllm.__version__ = options.pop("version")
         register()
@@ -264,6 +270,8 @@ for options in cases:
         print(json.dumps(["nothing", ""]))
     except Exception as error:
         print(json.dumps([[base.__name__ for base in type(error).__mro__], str(error)]))
+    for name in changed:
+        del os.environ[name]
 """
 THREADS = """
 import json, os
@@ -285,6 +293,8 @@ def like(artifact: Path, copy: Path, manifest=None, config=None) -> str:
         if change is not None:
             value = json.loads((copy / name).read_text())
             change(value)
+            if name == "manifest.json":
+                value["checksum"] = seal(value)
             (copy / name).write_text(json.dumps(value))
     return str(copy)
 

@@ -3,7 +3,7 @@
 // A shim of LibTorch's stable ABI over the C functions, compiled by whoever loads packages (see
 // examples/cpp) together with isa_*.cpp and pool.cpp. Schemas, checks and results are those of the
 // Python launchers in kernels/*.py. It is never loaded into Python, which registers its own. A
-// prompt runs in the same kernels as a token, eight tokens at a time.
+// prompt runs in the same kernels as a token.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
 #include <torch/csrc/stable/library.h>
