@@ -50,3 +50,10 @@ def test_a_probe_counts_decoded_tokens_alone(tiny):
     assert probe(session, tiny.ids(1, 12), prompt=4)["tokens"] == 7
     assert probe(session, tiny.ids(1, 5), prompt=4) is None
     assert probe(tiny.session(Policy(0.0, 0.0)), tiny.ids(1, 12), prompt=4) is None
+
+
+def test_of_a_long_request_the_end_is_probed(tiny, monkeypatch):
+    session, ids = tiny.session(HALF), tiny.ids(1, 20)
+    monkeypatch.setattr("shadowc.evaluation.probe.MOST_TOKENS", 8)
+    assert probe(session, ids, prompt=15) == probe(session, ids[:, 12:], prompt=3)
+    assert probe(session, ids, prompt=4)["tokens"] == 6

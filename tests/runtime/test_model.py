@@ -97,6 +97,24 @@ def test_a_conversation_goes_on_from_its_cache(pair):
     assert torch.equal(second, theirs.generate(longer, max_new_tokens=4, do_sample=False))
 
 
+def test_a_cache_goes_on_with_the_padding_that_it_began_with(pair):
+    """Zeros that stand in the middle would be read as tokens."""
+    model, _, tokenizer = pair
+    inputs = encode(tokenizer, TEXTS[:2])
+    more = torch.ones(2, 3, dtype=torch.int64)
+    for mask in (more, more.clone().index_fill_(1, torch.tensor([0]), 0)):
+        cache = model(**inputs, use_cache=True).past_key_values
+        mask = torch.cat((inputs["attention_mask"], mask), 1)
+        if mask[:, -3:].all():
+            model(more + 4, attention_mask=mask, past_key_values=cache)
+        else:
+            with pytest.raises(OptionError, match="padding"):
+                model(more + 4, attention_mask=mask, past_key_values=cache)
+    cache = model(**inputs, use_cache=True).past_key_values
+    with pytest.raises(OptionError, match="other padding than the cache began with"):
+        model(more + 4, attention_mask=torch.ones_like(mask), past_key_values=cache)
+
+
 def test_too_long_is_refused_before_anything_runs(pair):
     ours, _, tokenizer = pair
     inputs = encode(tokenizer, TEXTS[:1])

@@ -85,6 +85,36 @@ def test_a_probe_does_not_see_padding(tiny_opt):
     assert list(alone.watch.probes) == list(together.watch.probes) != []
 
 
+def test_a_probe_does_not_see_what_follows_the_end(tiny_opt):
+    """A row that ended while another one went on is probed as far as it goes."""
+    ours, ids = model(tiny_opt, 1), tiny_opt.ids(2, 5)
+    answers = ours.generate(ids, max_new_tokens=20, do_sample=False)[:, 5:].tolist()
+    ends = next(i for i in range(3, 19) if answers[0].index(answers[0][i]) == i
+                and answers[0][i] not in answers[1][: i + 4])  # fmt: skip
+    ours.generation_config.eos_token_id = answers[0][ends]
+    ours.generate(ids, max_new_tokens=20, do_sample=False)
+    assert ours.watch.probes[-1]["tokens"] == ends == ours.watch.probes[0]["tokens"] - 19 + ends
+
+
+def test_a_draft_is_no_request(tiny_opt):
+    ours = model(tiny_opt, 1)
+    config = GenerationConfig(max_new_tokens=4, do_sample=False)
+    config.is_assistant = True
+    ours.generate(tiny_opt.ids(1, 4), generation_config=config)
+    assert ours.counters()["requests"] == 0 and not ours.watch.probes
+
+
+def test_an_answer_that_cannot_be_probed_is_returned(tiny_opt, monkeypatch, caplog):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("shadowc.evaluation.probe.probe", fail)
+    ours = model(tiny_opt, 1)
+    with caplog.at_level(logging.WARNING, "shadowc"):
+        found = ours.generate(tiny_opt.ids(1, 4), max_new_tokens=3, do_sample=False)
+    assert found.shape == (1, 7) and "request 1 could not be probed" in caplog.text
+
+
 @pytest.mark.parametrize("name, value", [("SHADOWC_PROBE_EVERY", "-1"),
                                          ("SHADOWC_PROBE_ALARM", "much")])  # fmt: skip
 def test_settings_of_the_environment(name, value, monkeypatch):

@@ -40,7 +40,7 @@ from shadowc.evaluation.numerics import check_numerics
 from shadowc.onnx.export import ABI, IR_VERSION, OPSET, export, save
 from shadowc.onnx.names import DENSE, MODEL
 from shadowc.passes.manager import copy_module
-from shadowc.runtime.loading import load_session
+from shadowc.runtime.loading import load, load_session
 from shadowc.runtime.model import ShadowcForCausalLM
 from shadowc.runtime.session import Session
 from shadowc.targets import load_target
@@ -456,6 +456,15 @@ def test_programs_that_are_not_in_the_model(llama_artifact):
     session = load_session(llama_artifact)
     with pytest.raises(ArtifactError, match="'hold' is not in the ONNX model"):
         session.step(torch.tensor([[3]]), session.new_cache(1, 8), program="hold")
+
+
+def test_whole_sequences_are_scored(llama_artifact):
+    """As from every other artifact: its config, which is the checkpoint's, asks for a cache."""
+    model = load(llama_artifact.path)
+    assert model.config.use_cache
+    ids = torch.tensor([[3, 7, 4, 9]])
+    found = model(ids, labels=ids)
+    assert found.logits.shape[:2] == (1, 4) and found.loss > 0
 
 
 def test_too_many_tokens(llama_artifact):
