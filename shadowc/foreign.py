@@ -30,9 +30,10 @@ _MOST_DIGITS = 32  # transformers writes 10^30 where there is no limit
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}(/[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}){0,4}")
 _TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
 
-#: What may lie in an artifact without being listed: what people add to a directory they share, and
-#: what this package draws or is about to put in the place of something.
-_UNLISTED = re.compile(r"\..*|README\.md|LICENSE.*|report\.html|[a-z]+\.(json|html)\.new")
+#: What may lie in an artifact without being listed: what people add to a directory they share, and,
+#: as regular files, what this package draws or is about to put in the place of something.
+_UNLISTED = re.compile(r"\..*|README\.md|LICENSE.*")
+_UNLISTED_FILES = re.compile(r"report\.html|(manifest|report)\.json\.new|report\.html\.new")
 
 #: Bytes of a value of each type that a header may name.
 ITEM = {"BOOL": 1, "U8": 1, "I32": 4, "I64": 8, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
@@ -157,7 +158,10 @@ def check_listed(root: Path, files: Mapping[str, Any], listing: str) -> None:
         seen += len(entries)
         for entry in entries if seen <= _MOST_NAMES else ():
             name = f"{folder}/{entry.name}".lstrip("/")
-            if name in files or name == listing or (not folder and _UNLISTED.fullmatch(entry.name)):
+            drawn = name not in files and _UNLISTED_FILES.fullmatch(name) is not None
+            if drawn and not entry.is_file(follow_symlinks=False):
+                raise damaged(root / name, "a file, not a link or anything else", "another kind")
+            if drawn or name in files or name == listing or _UNLISTED.fullmatch(name):
                 continue
             if name in folders and entry.is_dir(follow_symlinks=False):
                 waiting.append(name)

@@ -188,6 +188,26 @@ def test_pipes_are_not_waited_for(sample):
         open_artifact(sample.root)
 
 
+@pytest.mark.parametrize("name", [f"{MANIFEST}.new", "report.json.new", "report.html.new"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_nothing_is_written_through_links_and_pipes(sample, name, kind):
+    """Neither by who opens an artifact nor, if it is put there later, by who adds to its report."""
+    artifact, place = open_artifact(sample.root), sample.root / name
+    if kind == "link":
+        place.symlink_to("../outside")
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+    with pytest.raises(ArtifactError, match=name):
+        open_artifact(sample.root)
+    with contextlib.suppress(OSError):  # a folder is in the way
+        update_report(artifact, "note", {"x": 1}, lambda artifact: {"report.html": "drawn"})
+    assert (sample.root.parent / "outside").read_bytes() == b"secret"
+    if kind != "folder":
+        assert open_artifact(sample.root).report()["note"] == {"x": 1}
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "programs/../../outside", "a//b"])
 def test_names_stay_inside(sample, name):
     entry = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
