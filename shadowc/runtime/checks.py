@@ -204,7 +204,6 @@ class _Run:
                 if node.op == "output":
                     self._results(name, program, args[0])
                     return
-                args, kwargs = fx.node.map_aggregate((args, kwargs), _on_meta)
                 self._foresee(node, args, kwargs)
                 known[node] = value = _call(node.target, args, kwargs)
                 for tensor in _tensors(value):
@@ -350,10 +349,6 @@ def _all_tensors(value: Any) -> Iterable[Tensor]:
     elif isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _all_tensors(item)
-
-
-def _on_meta(value: Any) -> Any:
-    return torch.device("meta") if isinstance(value, torch.device) else value
 
 
 def _storage(tensor: Tensor) -> int:

@@ -47,15 +47,15 @@ _PYTHON = {
     for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
               operator.neg, operator.mod)
 }  # fmt: skip
-_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
+_CONSTANTS = (torch.dtype, torch.memory_format)
 _KNOWN_CONSTANTS = {
     str(value).removeprefix("torch."): value
     for value in (
         torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-        torch.bool, torch.strided, torch.contiguous_format, torch.preserve_format,
+        torch.bool, torch.contiguous_format, torch.preserve_format,
     )
 }  # fmt: skip
-_DEVICES = ("cpu", "cuda", "meta")
+_PLACES = ("device", "layout", "out")  # keywords: results are where the tensors are
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,200}")
 _INTEGERS = range(-(1 << 63), 1 << 63)
 
@@ -321,8 +321,6 @@ def _encode(value: Any) -> Any:
         return {"map": {key: _encode(item) for key, item in value.items()}}
     if isinstance(value, _CONSTANTS):
         return {"torch": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"device": value.type}
     if isinstance(value, float) and math.isinf(value):  # JSON has none
         return {"infinity": 1 if value > 0 else -1}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -344,11 +342,9 @@ def _decode(value: Any, names: Mapping[str, fx.Node]) -> Any:
         return names[inner]
     if kind == "map":
         for key in inner:
-            if not _name(key).isidentifier() or keyword.iskeyword(key):
+            if not _name(key).isidentifier() or keyword.iskeyword(key) or key in _PLACES:
                 raise ValueError(f"keyword {key[:80]}")
         return {key: _decode(item, names) for key, item in inner.items()}
-    if kind == "device" and inner in _DEVICES:
-        return torch.device(inner)
     if kind == "infinity" and inner in (1, -1):
         return math.inf * inner
     if kind == "torch":

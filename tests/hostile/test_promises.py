@@ -108,6 +108,33 @@ def test_memory_that_was_not_written_is_not_shown(decode):
     assert not run(*(torch.zeros(1) for _ in loaded.inputs))[0].any()
 
 
+@pytest.mark.parametrize("where", [{"device": "meta"}, {"device": "cpu"}, "meta", 1])
+@pytest.mark.parametrize("keyword", ["device", "layout"])
+def test_a_program_does_not_say_where_tensors_are(sample, decode, keyword, where):
+    """One without memory has the address 0, and a part of it an address of the program's choice."""
+    node = {"name": "room", "target": "aten.new_zeros.default",
+            "args": [{"node": "w0"}, [4]], "kwargs": {"map": {keyword: where}}}  # fmt: skip
+    decode["nodes"].insert(0, node)
+    refused(sample, "programs/decode.json", decode, "not a program")
+
+
+def test_native_code_gets_tensors_of_the_cpu_only():
+    nowhere = torch.zeros(1, 1, 8, device="meta")
+    with pytest.raises(ShadowcError, match=r"(?s)'x' does not fit.*cpu.*meta"):
+        native.CPU_LAUNCHERS["linear"](nowhere, torch.zeros(4, 8), None)
+    sets = [torch.zeros(2, 1, 4, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)]
+    arguments = [torch.zeros(1, 1, 8)], [torch.zeros(4, 8)], [torch.zeros(4)], [torch.zeros(1)]
+    for place in range(6):
+        x, weights, biases, thresholds = ([*one] for one in arguments)
+        given = [x, weights, biases, thresholds, [*sets], [*sets]][place]
+        given[place == 5] = given[place == 5].to("meta")
+        chosen = given if place > 3 else sets
+        with pytest.raises(ShadowcError, match="does not fit"):
+            native.CPU_LAUNCHERS["choose_into"](
+                x[0], None, None, weights, biases, thresholds, chosen, [1]
+            )
+
+
 LARGE = {
     "zeros": ("aten.new_zeros.default", [{"node": "start"}, [1 << 40]]),
     "on the spot": (
