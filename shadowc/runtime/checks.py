@@ -1,13 +1,17 @@
 """What a program of a file may do, found out before it runs: its names, its shapes, its memory.
 
-A program is run once on tensors without memory (`meta`) with the inputs that a session gives it,
-for one row and for several, at the greatest length. What it would hold at once must stay within a
-bound that follows from the artifact's headers: twice the weights, and what activations of such a
-model take. Its results must be those that a session takes from it.
+A program is run twice on tensors without memory (`meta`) with the inputs that a session gives it:
+for one row of a token or two, and for `_ROWS` of `_TOKENS`, numbers that no artifact chooses. What it
+would hold at once must stay within a bound that follows from the artifact's weights: twice their
+size, and what activations of such a model take. So must what each operator takes for itself beside
+its result. What other numbers of rows and tokens take is not looked at, nor is time. Its results
+must be those that a session takes from it.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
 import re
 from collections import Counter
@@ -25,7 +29,7 @@ from shadowc.runtime.lazy import CATCH_UP, LAZY
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import PROGRAMS
 
-_ROWS = 8  # the second check's
+_ROWS, _TOKENS = 8, 128  # the second check's
 _BASE = 64 << 20
 _PARTS = 1 << 13  # tensors that one tensor may be taken apart into
 _TENSORS_AT_ONCE = 32  # of the size of a layer's or the predictor's activations
@@ -90,9 +94,9 @@ def check_programs(
             missing = [key for key in program.weights if key not in meta]
             if missing:
                 raise ValueError(f"needs {missing[0]}, which the artifact lacks")
-            tokens = 1 if name in _STEPS else max_seq_len
-            for rows in (1,) if name in _LAZY else (1, _ROWS):
-                run = _Run(shape, rows, tokens, max_seq_len, size, meta)
+            few, many = (1, 1) if name in _STEPS else (min(max_seq_len, n) for n in (2, _TOKENS))
+            for rows, tokens in ((1, few),) if name in _LAZY else ((1, few), (_ROWS, many)):
+                run = _Run(shape, rows, tokens, min(max_seq_len, _TOKENS), size, meta)
                 run.check(name, program)
         except Exception as error:  # a stranger's program may fail in any way
             raise ArtifactError(
@@ -228,28 +232,37 @@ class _Run:
 
     def _foresee(self, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Refuse what would take long or much before its result tells."""
-        if getattr(node.target, "__module__", "") == "_operator":
-            first = args[0]
-            if node.target is operator.getitem:
-                if not isinstance(first, (list, tuple)) or type(args[1]) is not int:
-                    raise ValueError(f"{node.name} takes no part of a tuple")
-            elif any(type(value) not in (int, float) or abs(value) > 1 << 62 for value in args):
-                raise ValueError(f"{node.name} is no arithmetic on sizes")
+        if node.target is operator.getitem:
+            if not isinstance(args[0], (list, tuple)) or type(args[1]) is not int:
+                raise ValueError(f"{node.name} takes no part of a tuple")
             return
-        opname = getattr(node.target, "_opname", "")
+        opname, inside = getattr(node.target, "_opname", ""), 0
         if opname == "unbind":
             x = args[0]
             dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             if isinstance(x, Tensor) and x.shape[dim] > _PARTS:
                 raise ValueError(f"{node.name} takes a tensor into {x.shape[dim]} parts")
-        elif opname == "scaled_dot_product_attention":
-            q, k = args[0], args[1]
-            if q.numel() // max(q.shape[-1], 1) * k.shape[-2] * 4 > self.most:
-                raise ValueError(f"{node.name} attends from {[*q.shape]} to {[*k.shape]}")
+        elif opname in ("matmul", "scaled_dot_product_attention"):
+            a, b = args[0].shape, args[1].shape
+            if opname == "matmul" and (len(a) < 3 or len(b) < 3):
+                return  # a product of matrices, which copies neither
+            if opname != "matmul":
+                b = (*b[:-2], b[-1], b[-2])
+            (n, k), m = a[-2:], b[-1]
+            # All are expanded to as many matrices as there are products; heads are repeated.
+            leading = [reversed(one.shape[:-2]) for one in _all_tensors((args, kwargs))]
+            products = math.prod(map(max, itertools.zip_longest(*leading, fillvalue=1)))
+            inside = products * (n * k + k * m + n * m)
         elif opname == "decode_attention":
             q, cache = args[0], args[5]
-            if q.numel() // max(cache.shape[-1], 1) * cache.shape[2] * 4 > self.most:
-                raise ValueError(f"{node.name} attends from {[*q.shape]} to {[*cache.shape]}")
+            inside = q.numel() // max(cache.shape[-1], 1) * cache.shape[2] + 2 * cache.numel()
+        elif opname in ("sparse_mlp", "sparse_gated_mlp"):
+            inside = 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[0]  # x, w1
+        elif opname == "norm_mlp":
+            inside = 2 * args[0].shape[0] * args[4].shape[0]
+        if 4 * inside > self.most:
+            shapes = [[*one.shape] for one in args if isinstance(one, Tensor)][:6]
+            raise ValueError(f"{node.name} of {shapes} takes {4 * inside} bytes beside its result")
 
     def _results(self, name: str, program: Program, results: Sequence[Any]) -> None:
         for key, value in zip(program.outputs, results, strict=True):

@@ -1,7 +1,6 @@
 """An executable graph as JSON: what a `programs/*.json` file holds and how it runs.
 
-A program is a list of calls to `aten::` and `shadowc::` operators (and Python arithmetic on sizes)
-over named weights and inputs. The format names operators, never code: nothing is imported or
+A program is a list of calls to `aten::` and `shadowc::` operators over named weights and inputs. The format names operators, never code: nothing is imported or
 evaluated from a file, and an operator outside a list of those that the passes emit is refused (aten
 alone has some that read files or look beyond a tensor). torch.export's own archive is not used
 because it stores example inputs as a pickle and takes seconds to load.
@@ -42,11 +41,7 @@ _ATEN = frozenset(
     view.default view_as.default zeros_like.default
     """.split()
 )  # fmt: skip
-_PYTHON = {
-    f"operator.{f.__name__}": f
-    for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
-              operator.neg, operator.mod)
-}  # fmt: skip
+_PYTHON = {"operator.getitem": operator.getitem}
 _CONSTANTS = (torch.dtype, torch.memory_format)
 _KNOWN_CONSTANTS = {
     str(value).removeprefix("torch."): value

@@ -137,22 +137,38 @@ def test_native_code_gets_tensors_of_the_cpu_only():
 
 LARGE = {
     "zeros": ("aten.new_zeros.default", [{"node": "start"}, [1 << 40]]),
-    "on the spot": (
-        "aten.new_zeros.default",
-        [{"node": "start"}, [1 << 36], None, None, {"device": "cpu"}],
-    ),
+    "in parts": ("aten.new_zeros.default", [{"node": "start"}, [1 << 20, 1 << 14]]),
     "view": ("aten.expand.default", [{"node": "position"}, [1 << 44]]),
     "text": ("operator.mul", ["x", 1 << 40]),
-    "format": ("operator.mod", ["x", 5]),
-}
+    "number": ("operator.floordiv", [1 << 40, 3]),
+    "MLP": (
+        "shadowc.sparse_mlp.default",
+        [{"node": "nothing"}, {"node": "wide"}, None, {"node": "wide"}, None, None, "relu", False,
+         None, None],
+    ),
+    "product": ("aten.matmul.default", [{"node": "column"}, {"node": "row"}]),
+    "attention": ("aten.scaled_dot_product_attention.default", [{"node": "keys"}] * 3),
+    "values": (
+        "aten.scaled_dot_product_attention.default",
+        [{"node": "one"}, {"node": "one"}, {"node": "many"}],
+    ),
+}  # fmt: skip
+#: Of no or little memory, of which operators make much for themselves.
+SMALL = {"nothing": [1, 1, 0], "wide": [1 << 40, 0], "column": [1 << 17, 1, 0, 32],
+         "row": [1, 1 << 17, 32, 1], "keys": [1, 1, 1 << 22, 0], "one": [1, 1, 1, 1],
+         "many": [1 << 40, 1, 1, 0]}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", [*LARGE])
 def test_memory_of_a_program_is_bounded_before_it_runs(sample, decode, what):
+    """Also what an operator takes for itself."""
     target, args = LARGE[what]
     node = {"name": "much", "target": target, "args": args, "kwargs": {"map": {}}}
-    decode["nodes"].insert(0, node)
-    refused(sample, "programs/decode.json", decode, "not a program")
+    small = [{"name": name, "target": "aten.new_zeros.default",
+              "args": [{"node": "w0"}, size], "kwargs": {"map": {}}}
+             for name, size in SMALL.items()]  # fmt: skip
+    decode["nodes"] = [*small, node, *decode["nodes"]]
+    refused(sample, "programs/decode.json", decode, "operator |too large|beside its result")
 
 
 def test_what_is_held_at_once_counts(sample, decode):
@@ -167,6 +183,17 @@ def test_what_is_held_at_once_counts(sample, decode):
                 "kwargs": {"map": {}}}  # fmt: skip
     decode["nodes"] = [*rows, together, *decode["nodes"]]
     refused(sample, "programs/decode.json", decode, "at once|too large")
+
+
+def test_a_long_artifact_may_not_hold_more(sample, decode):
+    """What a program may hold does not follow from the length that the manifest gives."""
+    node = {"name": "much", "target": "aten.new_zeros.default",
+            "args": [{"node": "start"}, [1 << 25]], "kwargs": {"map": {}}}  # fmt: skip
+    decode["nodes"].insert(0, node)
+    sample.put("programs/decode.json", json.dumps(decode).encode())
+    sample.seal(max_seq_len=1 << 24)
+    with pytest.raises(ArtifactError, match="too large"):
+        load_session(open_artifact(sample.root))
 
 
 def test_a_shape_that_the_weights_do_not_have_is_refused(sample):
