@@ -203,6 +203,7 @@ class _Run:
             for node in program.graph.nodes:
                 if node.op == "placeholder":
                     known[node] = next(feed)
+                    self._fits(node, known[node])
                     continue
                 args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
                 if node.op == "output":
@@ -212,8 +213,7 @@ class _Run:
                 known[node] = value = _call(node.target, args, kwargs)
                 for tensor in _tensors(value):
                     place = _storage(tensor)
-                    if tensor.numel() * tensor.element_size() > self.most:
-                        raise ValueError(f"{node.name} of {[*tensor.shape]} is too large")
+                    self._fits(node, tensor)
                     if place not in inputs:
                         if held[place] == 0:
                             sizes[place] = tensor.untyped_storage().nbytes()
@@ -229,6 +229,11 @@ class _Run:
                             if place not in inputs and held[place] > 0:
                                 held[place] -= 1
                                 total -= sizes[place] if held[place] == 0 else 0
+
+    def _fits(self, node: fx.Node, tensor: Tensor) -> None:
+        """Refuse sizes that are too large together; operators make memory also of empty tensors."""
+        if math.prod(max(size, 1) for size in tensor.shape) * tensor.element_size() > self.most:
+            raise ValueError(f"{node.name} of {[*tensor.shape]} is too large")
 
     def _foresee(self, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Refuse what would take long or much before its result tells."""

@@ -138,6 +138,7 @@ def test_native_code_gets_tensors_of_the_cpu_only():
 LARGE = {
     "zeros": ("aten.new_zeros.default", [{"node": "start"}, [1 << 40]]),
     "in parts": ("aten.new_zeros.default", [{"node": "start"}, [1 << 20, 1 << 14]]),
+    "empty": ("aten.new_zeros.default", [{"node": "start"}, [0, 1 << 40]]),
     "view": ("aten.expand.default", [{"node": "position"}, [1 << 44]]),
     "text": ("operator.mul", ["x", 1 << 40]),
     "number": ("operator.floordiv", [1 << 40, 3]),
@@ -154,9 +155,9 @@ LARGE = {
     ),
 }  # fmt: skip
 #: Of no or little memory, of which operators make much for themselves.
-SMALL = {"nothing": [1, 1, 0], "wide": [1 << 40, 0], "column": [1 << 17, 1, 0, 32],
-         "row": [1, 1 << 17, 32, 1], "keys": [1, 1, 1 << 22, 0], "one": [1, 1, 1, 1],
-         "many": [1 << 40, 1, 1, 0]}  # fmt: skip
+SMALL = {"nothing": [1 << 11, 1 << 11, 0], "wide": [1 << 22, 0], "column": [1 << 17, 1, 0, 32],
+         "row": [1, 1 << 17, 32, 1], "keys": [1, 1, 1 << 22, 0], "one": [1, 1, 64, 1],
+         "many": [1 << 22, 1, 64, 0]}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", [*LARGE])
