@@ -31,6 +31,7 @@ from shadowc.runtime.session import PROGRAMS
 
 _ROWS, _TOKENS = 8, 128  # the second check's
 _BASE = 64 << 20
+_KEEP = "keep."
 _PARTS = 1 << 13  # tensors that one tensor may be taken apart into
 _TENSORS_AT_ONCE = 32  # of the size of a layer's or the predictor's activations
 _STEPS = ("decode", "hold", "exact", "full", *LAZY.values())
@@ -110,8 +111,17 @@ def _check_keep(
     path: Path, meta: Mapping[str, Tensor], tensors: Mapping[str, Tensor], shape: ModelShape
 ) -> None:
     """Keep sets that never change: their shapes, and that they name units that there are."""
+    file = path / "predictor.safetensors"
+    known = {f"{_KEEP}{kind}_{part}" for kind in ("head", "neuron") for part in ("index", "count")}
+    if others := sorted(name for name in tensors if name.startswith(_KEEP) and name not in known):
+        raise ArtifactError(
+            f"{file} is damaged or not of this version",
+            expected=f"keep sets: {', '.join(sorted(known))}",
+            got=others[0][:80],
+            fix="compile the artifact again",
+        )
     for kind, units in (("head", shape.heads), ("neuron", shape.ffn)):
-        names = [f"keep.{kind}_{part}" for part in ("index", "count")]
+        names = [f"{_KEEP}{kind}_{part}" for part in ("index", "count")]
         found = [tensors.get(name) for name in names]
         index, count = found
         if index is None and count is None:
@@ -134,7 +144,7 @@ def _check_keep(
                 fits = bool(rises.all()) and bool(inside.all())
         if not fits:
             raise ArtifactError(
-                f"{path / 'predictor.safetensors'} is damaged or not of this version",
+                f"{file} is damaged or not of this version",
                 expected=f"ascending units of {units} as {' and '.join(names)}",
                 fix="compile the artifact again",
             )

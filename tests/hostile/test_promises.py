@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -349,6 +350,8 @@ def test_keep_sets_that_never_change_are_checked(fuzz, tmp_path, tiny_opt):
         _check_keep(tmp_path, tensors, tensors, shape)
 
     check(index, count)
+    with pytest.raises(ArtifactError, match=r"(?s)predictor.safetensors.*keep\.position"):
+        _check_keep(tmp_path, {}, {"keep.position": count}, shape)
     for place, value in ((3, shape.ffn), (3, -1), (3, 2), (0, 5)):
         wrong = index.clone()
         wrong[1, 0, place] = value
@@ -363,6 +366,33 @@ def test_a_token_that_the_model_does_not_know_is_an_error(sample):
     session = load_session(open_artifact(sample.root))
     with pytest.raises(ShadowcError, match="programs/"):
         session.step(torch.tensor([[10**6]]), session.new_cache(1))
+
+
+@pytest.mark.parametrize("wrong", [struct.error("x"), ZeroDivisionError(), AssertionError()])
+@pytest.mark.parametrize("when", ["bound", "called"])
+def test_whatever_a_program_raises_is_an_error_that_names_it(sample, wrong, when, monkeypatch):
+    def fail(*arguments):
+        raise wrong
+
+    session = load_session(open_artifact(sample.root))
+    bind = fail if when == "bound" else lambda self, tensors: fail
+    monkeypatch.setattr(Program, "bind", bind)
+    with pytest.raises(ArtifactError, match=r"programs/prefill\.json"):
+        session.step(torch.tensor([[5, 6]]), session.new_cache(1))
+    wrong = MemoryError()
+    with pytest.raises(MemoryError):
+        session.step(torch.tensor([[5, 6]]), session.new_cache(1))
+
+
+def test_a_choice_has_lists_of_equal_lengths():
+    sets = [torch.zeros(2, 1, 4, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)]
+    lists = [[torch.zeros(4, 8)], [torch.zeros(4)], [torch.zeros(1)], sets, [1]]
+    choose, x = native.CPU_LAUNCHERS["choose_into"], torch.zeros(1, 1, 8)
+    choose(x, None, None, *lists)
+    for place, given in enumerate(lists):
+        for wrong in ([], given[:-1], given * 2):
+            with pytest.raises(ShadowcError, match="a tap chooses"):
+                choose(x, None, None, *lists[:place], wrong, *lists[place + 1 :])
 
 
 @pytest.mark.parametrize("name", ["kernels/sm_90/index.json", "programs/decode.pt2"])
