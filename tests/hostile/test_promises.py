@@ -502,7 +502,7 @@ def test_a_checksum_is_no_signature(sample, fuzz):
 
 
 def test_the_original_model_brings_no_code(sample, tmp_path, monkeypatch):
-    """What `eval --against` and `bench` load by the name in the manifest."""
+    """What `eval --against oracle` and `bench` load by the name in the manifest."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from shadowc.models import load_model
@@ -525,3 +525,35 @@ def test_the_original_model_brings_no_code(sample, tmp_path, monkeypatch):
     with contextlib.suppress(ShadowcError):  # it loads as what it is, or is refused
         load_model(str(path))
     assert MARK not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("settings", "loads"),
+    [({}, True), ({"hugging_face": False}, False), ({"against": ["oracle"]}, True),
+     ({"against": ["dense", "static", "random"]}, False)],
+)  # fmt: skip
+def test_what_the_manifest_names_is_loaded_only_if_asked(
+    sample, tmp_path, monkeypatch, settings, loads
+):
+    """By `bench` unless it is told not to, by `eval` for the oracle alone."""
+    from shadowc.evaluation import bench, perplexity, sources
+
+    class Reached(Exception):
+        pass
+
+    def measure(*arguments, **options):
+        raise Reached
+
+    named = []
+    monkeypatch.setattr(sources, "load_model", lambda name, **options: named.append(name))
+    monkeypatch.setattr(bench, "_take_turns", measure)  # all is loaded then
+    sample.seal(model=sample.manifest["model"] | {"name": "random:opt-66b"})
+    (tmp_path / "text").write_text("once upon a time " * 40)
+    data = {"data": str(tmp_path / "text")}
+    opened = open_artifact(sample.root)
+    with contextlib.suppress(Reached, AttributeError):  # nothing comes of what was named
+        if "against" in settings:
+            perplexity.evaluate_artifact(opened, seq_len=16, tokens=64, **data, **settings)
+        else:
+            bench.bench(opened, prompt_len=8, new_tokens=24, **data, **settings)
+    assert named == ["random:opt-66b"] * loads
