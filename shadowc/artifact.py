@@ -236,10 +236,11 @@ def write_artifact(
         (new / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         files = {}
         for path in sorted(path for path in new.rglob("*") if path.is_file()):
-            name = foreign.check_name(new, path.relative_to(new).as_posix(), MANIFEST)
+            name = path.relative_to(new).as_posix()
             digest = hashes.get(name) or sha256(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": digest}
-        foreign.check_hugging_face(new, files)  # what would be refused is not written
+        foreign.check_listing(new, files, MANIFEST)  # what would be refused is not written
+        foreign.check_hugging_face(new, files)
         full = {"schema": SCHEMA, **manifest, "files": files}
         text = sealed(full)
         (new / MANIFEST).write_text(text)
@@ -398,8 +399,7 @@ def open_artifact(path: Path) -> Artifact:
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise damaged(root / MANIFEST, "a list of files", type(files).__name__)
-    for name in files:
-        foreign.check_name(root, name, MANIFEST)
+    foreign.check_listing(root, files, MANIFEST)
     check_manifest(root / MANIFEST, manifest)
     _refuse_machine_code(root, manifest)
     for name, entry in files.items():

@@ -10,9 +10,11 @@ import json
 import os
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from jinja2.exceptions import SecurityError
 
 import shadowc
 from shadowc import foreign, native
@@ -21,6 +23,8 @@ from shadowc.errors import ArtifactError, ShadowcError
 from shadowc.runtime import program as programs
 from shadowc.runtime.loading import load_session
 from shadowc.runtime.program import Program
+from shadowc.runtime.session import PROGRAMS
+from shadowc.targets.onnx import genai_config
 
 MARK = "marked_by_the_artifact"
 ATTACK = f"__import__('os').environ.__setitem__('{MARK}', '1')"
@@ -277,6 +281,58 @@ def test_what_is_not_listed_is_refused(sample, name):
     sample.put(name, b"{}")
     with pytest.raises(ArtifactError, match=name.rpartition("/")[2]):
         open_artifact(sample.root)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_config.json", "processor_config.json", "preprocessor_config.json", "modeling.py",
+     "programs/more.json", "programs/dense.pt2", "kernels/sm_90/lib.so", "weights.bin", "x.onnx"],
+)  # fmt: skip
+def test_files_that_libraries_would_find_are_not_listed(sample, name):
+    """peft fetches the model that an adapter's config names."""
+    (sample.root / name).parent.mkdir(parents=True, exist_ok=True)
+    (sample.root / name).write_bytes(b"{}")
+    entry = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    sample.seal(files=sample.manifest["files"] | {name: entry})
+    with pytest.raises(ArtifactError, match=rf"(?s){MANIFEST}.*{name}"):
+        open_artifact(sample.root)
+
+
+def test_every_program_may_be_listed(tmp_path):
+    names = [f"programs/{name}.json" for name in PROGRAMS]
+    foreign.check_listing(tmp_path, dict.fromkeys(names), MANIFEST)
+
+
+@pytest.mark.parametrize(
+    "place", [(), ("model",), ("model", "decoder"), ("model", "decoder", "session_options")]
+)
+def test_a_config_of_genai_names_no_library(tmp_path, place):
+    shape = SimpleNamespace(architecture="llama", vocab=8, head_dim=8, hidden=8, heads=1, layers=1,
+                            kv_heads=1)  # fmt: skip
+    session = SimpleNamespace(shape=shape, max_seq_len=8)
+    config = genai_config(session, {"eos_token_id": 1}, "cuda")
+
+    def check():
+        (tmp_path / "genai_config.json").write_text(json.dumps(config))
+        foreign.check_hugging_face(tmp_path, dict.fromkeys(("genai_config.json", "model.onnx")))
+
+    check()
+    owner = config
+    for key in place:
+        owner = owner[key]
+    owner["custom_ops_library"] = "x.so"
+    with pytest.raises(ArtifactError, match=r"(?s)genai_config.*no custom_ops_library"):
+        check()
+
+
+def test_chat_templates_are_run_in_a_sandbox(sample):
+    template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    sample.put("chat_template.jinja", template.encode())
+    entry = {"bytes": len(template), "sha256": hashlib.sha256(template.encode()).hexdigest()}
+    sample.seal(files=sample.manifest["files"] | {"chat_template.jinja": entry})
+    tokenizer = shadowc.load(sample.root).tokenizer
+    with pytest.raises(SecurityError):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
 
 
 def test_what_people_add_is_welcome(sample):
