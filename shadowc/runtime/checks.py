@@ -5,7 +5,8 @@ for one row of a token or two, and for `_ROWS` of `_TOKENS`, numbers that no art
 would hold at once must stay within a bound that follows from the artifact's weights: twice their
 size, and what activations of such a model take. So must what each operator takes for itself beside
 its result. What other numbers of rows and tokens take is not looked at, nor is time. Its results
-must be those that a session takes from it.
+must be those that a session takes from it, and an operator that writes into a tensor gets a cache,
+what lazy programs remember, or what the program has made itself.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _STEP_INPUTS = re.compile(
     r"(?P<keep>(?: (?:head|neuron)_(?:index|count))*)"
     r"(?P<lazy>(?: (?:window|moments|filled)_\d{1,4}| turns)*)(?P<caches>(?: [kv]_cache_\d{1,4})*)"
 )
+_WRITTEN = re.compile(r"[kv]_cache_\d{1,4}|(window|moments|filled)_\d{1,4}|turns")
 _OUTPUT = re.compile(
     r"logits|(head|neuron)_(index|count|mask)|(rows|computed)_\d{1,4}|[a-z][a-z0-9_]{0,40}"
 )
@@ -207,6 +209,8 @@ class _Run:
         held: Counter[int] = Counter()  # storages of what is alive, by its users
         sizes: dict[int, int] = {}
         inputs = {_storage(value) for value in given}
+        places = zip((*[None] * len(program.weights), *program.inputs), given, strict=True)
+        kept = {_storage(v) for name, v in places if not (name and _WRITTEN.fullmatch(name))}
         feed = iter(given)
         total = 0
         with torch.no_grad():
@@ -220,6 +224,9 @@ class _Run:
                     self._results(name, program, args[0])
                     return
                 self._foresee(node, args, kwargs)
+                for tensor in _written(node.target, args, kwargs):
+                    if _storage(tensor) in kept:
+                        raise ValueError(f"{node.name} writes into a weight, or what is given")
                 known[node] = value = _call(node.target, args, kwargs)
                 for tensor in _tensors(value):
                     place = _storage(tensor)
@@ -335,6 +342,14 @@ class _Run:
             size = (layers, rows, units) if rest == "index" else (layers, rows)
             dtype = torch.int32
         return torch.empty(size, dtype=dtype, device="meta")
+
+
+def _written(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
+    """The tensors that an operator writes into, as its schema says."""
+    schema = getattr(target, "_schema", None)
+    for place, argument in enumerate(schema.arguments if schema and schema.is_mutable else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from _tensors(args[place] if place < len(args) else kwargs.get(argument.name))
 
 
 #: What calls gave by what they were given: layers repeat each other, and `meta` is slow.
