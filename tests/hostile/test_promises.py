@@ -528,15 +528,29 @@ def test_external_data_of_onnx_models_stays_beside_them(tmp_path):
     (folder / "weights").write_bytes(bytes(64))
     (folder / "link").symlink_to(tmp_path / "outside")
 
-    def model(location, offset=0, length=64):
-        tensor = onnx.TensorProto(name="w", data_type=1, dims=[16], data_location=1)
+    def model(location, offset=0, length=64, dims=(16,), data_type=1, default=False):
+        tensor = onnx.TensorProto(name="w", data_type=data_type, dims=dims, data_location=1)
         for key, value in (("location", location), ("offset", offset), ("length", length)):
-            tensor.external_data.add(key=key, value=str(value))
-        graph = onnx.helper.make_graph([], "g", [], [], [tensor])
-        (folder / "m.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+            if value is not None:
+                tensor.external_data.add(key=key, value=str(value))
+        graph = onnx.helper.make_graph([], "g", [], [], [] if default else [tensor])
+        made = onnx.helper.make_model(graph)
+        if default:
+            function = onnx.FunctionProto(name="f", domain="d")
+            function.attribute_proto.append(onnx.helper.make_attribute("w", tensor))
+            made.functions.append(function)
+        (folder / "m.onnx").write_bytes(made.SerializeToString())
         return folder / "m.onnx"
 
     check_model(model("weights"))
+    check_model(model("weights", length=None))
+    for wrong in (
+        {"length": None, "offset": 1}, {"length": None, "dims": [17]}, {"dims": [17]},
+        {"length": None, "dims": [-1]}, {"data_type": 11}, {"data_type": 99},
+        {"location": "../outside", "default": True},
+    ):  # fmt: skip
+        with pytest.raises(ArtifactError):
+            check_model(model(**{"location": "weights"} | wrong))
     elsewhere = str(tmp_path / "outside")
     names = (("../outside",), (elsewhere,), ("link",), ("gone",), ("",))
     places = (("weights", 1), ("weights", -1), ("weights", 0, 1 << 62), ("weights", "x"))
@@ -546,6 +560,19 @@ def test_external_data_of_onnx_models_stays_beside_them(tmp_path):
     (folder / "m.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(ArtifactError, match=r"m\.onnx"):
         check_model(folder / "m.onnx")
+
+
+def test_graphs_of_onnx_are_not_looked_into(tmp_path):
+    """One that asks for 4 TiB passes: what it computes is ONNX Runtime's to run or refuse."""
+    onnx = pytest.importorskip("onnx")
+    from shadowc.onnx.check import check_model
+
+    shape = onnx.helper.make_tensor("shape", 7, [1], [1 << 40])
+    node = onnx.helper.make_node("ConstantOfShape", ["shape"], ["much"])
+    much = onnx.helper.make_tensor_value_info("much", 1, [None])
+    graph = onnx.helper.make_graph([node], "g", [], [much], [shape])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "m.onnx")
+    check_model(tmp_path / "m.onnx")
 
 
 def test_no_pickle_and_no_code_in_the_sources():
