@@ -147,6 +147,13 @@ class Artifact:
             raise
         self.check_current()
 
+    @contextlib.contextmanager
+    def reopened(self, name: str) -> Iterator[None]:
+        """As `unreplaced`, for one file that is read long after all were checked: it is again."""
+        with self.unreplaced():
+            foreign.check_content(self.path, name, self.manifest["files"].get(name))
+            yield
+
     def check_current(self) -> None:
         """Raise unless it is still what was opened: after its files were read, not only checked.
 

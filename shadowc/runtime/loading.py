@@ -108,4 +108,6 @@ def _load_session(artifact: Artifact, allow_jit: bool) -> Session:
         if dense_from is not None:
             session.dense_from_batch, session.dense_program = dense_from, manifest["dense_program"]
             session.program(session.dense_program)  # it must be there
-        return backend.serve(session, artifact.path, batches, allow_jit=allow_jit)
+        session = backend.serve(session, artifact.path, batches, allow_jit=allow_jit)
+        session.reopened = artifact.reopened
+        return session

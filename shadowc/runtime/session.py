@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -91,6 +93,9 @@ class Session:
         self.check_finite = False
         self.lock = threading.RLock()  # shared by what `with_program` makes
         self._examined: str | None = None  # "" while a step is searched, then what was found
+
+    #: Held while a file of the artifact is opened after it was loaded, by the file's name.
+    reopened: Callable[[str], AbstractContextManager[None]] = contextlib.nullcontext
 
     #: Whether a step only starts work, so that it pays to launch the next one early.
     runs_ahead = False
