@@ -476,8 +476,6 @@ def test_transformers_does_not_take_its_weights_for_the_checkpoints(llama_artifa
 
 @pytest.mark.parametrize("name", [MODEL, "weights.safetensors"])
 def test_a_missing_or_truncated_file(llama_artifact, tmp_path, name):
-    import shutil
-
     copy = shutil.copytree(llama_artifact.path, tmp_path / "copy")
     (copy / name).write_bytes((copy / name).read_bytes()[:-8])
     with pytest.raises(ArtifactError, match=name):
