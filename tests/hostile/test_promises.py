@@ -20,6 +20,7 @@ import shadowc
 from shadowc import foreign, native
 from shadowc.artifact import MANIFEST, NO_NATIVE, open_artifact, update_report
 from shadowc.errors import ArtifactError, ShadowcError
+from shadowc.evaluation.report import render, save_section
 from shadowc.runtime import program as programs
 from shadowc.runtime.loading import load_session
 from shadowc.runtime.program import Program
@@ -516,6 +517,35 @@ def test_the_report_changes_and_the_artifact_stays_sound(sample):
     artifact = open_artifact(sample.root)
     update_report(artifact, "note", {"x": 1})
     assert open_artifact(sample.root).report()["note"] == {"x": 1}
+
+
+def test_the_page_of_a_report_shows_its_texts_as_texts(sample):
+    markup = "<script>alert(1)</script>"
+    report = json.loads(sample.files["report.json"])
+    report["eval"] = {"variants": {markup: {"perplexity": 1.0, "head_sparsity": 0.0,
+                                            "neuron_sparsity": 0.0}},
+                      "tokens": markup, "data": markup, "seq_len": [markup]}  # fmt: skip
+    texts = dict.fromkeys(("device", "isa", "threads", "batch", "dtype"), markup)
+    units = {name: report["compile"][name] for name in
+             ("heads_by_layer", "neurons_by_layer", "rows_by_layer")}  # fmt: skip
+    numbers = dict.fromkeys(("ms_per_token", "dense_ms_per_token", "bytes_per_token",
+                             "dense_bytes_per_token"), 1)  # fmt: skip
+    report["bench"] = {**texts, **units, **numbers}
+    sample.put("report.json", json.dumps(report).encode())
+    sample.seal()
+    text = render(open_artifact(sample.root))
+    assert "<script" not in text and text.count("&lt;script") == 9 and "malformed" not in text
+
+
+@pytest.mark.parametrize("wrong", [{}, {"variants": {"x": 1}}, [], "x", {"dense_ms_per_token": 0}])
+def test_a_malformed_section_does_not_lose_the_page(sample, wrong):
+    report = json.loads(sample.files["report.json"]) | {"eval": wrong, "bench": wrong}
+    sample.put("report.json", json.dumps(report).encode())
+    sample.seal()
+    artifact = open_artifact(sample.root)
+    save_section(artifact, "note", {"x": 1})
+    assert open_artifact(sample.root).report()["note"] == {"x": 1}
+    assert (sample.root / "report.html").read_text().count("is malformed") == 3
 
 
 def test_external_data_of_onnx_models_stays_beside_them(tmp_path):
