@@ -1,8 +1,8 @@
 """What a program of a file may do, found out before it runs: its names, its shapes, its memory.
 
 A program is run twice on tensors without memory (`meta`) with the inputs that a session gives it:
-for one row of a token or two, and for `_ROWS` of `_TOKENS`, numbers that no artifact chooses. What it
-would hold at once must stay within a bound that follows from the artifact's weights: twice their
+for one row of a token or two, and for `_ROWS` of `_TOKENS`, numbers that no artifact chooses. What
+it would hold at once must stay within a bound that follows from the artifact's weights: twice their
 size, and what activations of such a model take. So must what each operator takes for itself beside
 its result. What other numbers of rows and tokens take is not looked at, nor is time. Its results
 must be those that a session takes from it, and an operator that writes into a tensor gets a cache,

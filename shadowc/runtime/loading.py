@@ -56,16 +56,20 @@ def load(
     with artifact.unreplaced():
         session = load_session(artifact, allow_jit=allow_jit)
         session.check_finite = check_finite
+        own = {"local_files_only": True}
+        code = {"trust_remote_code": False}
         try:
-            own = {"local_files_only": True}
-            config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=False, **own)
+            file = "config.json"
+            config = AutoConfig.from_pretrained(artifact.path, **code, **own)
+            file = "generation_config.json"
             generation = GenerationConfig.from_pretrained(artifact.path, **own)
+            file = "tokenizer.json, or tokenizer_config.json,"
             tokenizer = AutoTokenizer.from_pretrained(
-                artifact.path, padding_side="left", trust_remote_code=False, **own
+                artifact.path, padding_side="left", **code, **own
             )
         except Exception as error:  # libraries that read them fail in many ways
             raise ArtifactError(
-                f"{artifact.path} lacks the model's Hugging Face files, or they are damaged",
+                f"{artifact.path / file} is missing or damaged",
                 expected="config.json, generation_config.json and a tokenizer",
                 got=f"{type(error).__name__}: {error}"[:400],
                 fix="compile the artifact again",

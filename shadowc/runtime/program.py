@@ -1,9 +1,10 @@
 """An executable graph as JSON: what a `programs/*.json` file holds and how it runs.
 
-A program is a list of calls to `aten::` and `shadowc::` operators over named weights and inputs. The format names operators, never code: nothing is imported or
-evaluated from a file, and an operator outside a list of those that the passes emit is refused (aten
-alone has some that read files or look beyond a tensor). torch.export's own archive is not used
-because it stores example inputs as a pickle and takes seconds to load.
+A program is a list of calls to `aten::` and `shadowc::` operators over named weights and inputs.
+The format names operators, never code: nothing is imported or evaluated from a file, and an
+operator outside a list of those that the passes emit is refused (aten alone has some that read
+files or look beyond a tensor). torch.export's own archive is not used because it stores example
+inputs as a pickle and takes seconds to load.
 
 A graph becomes a function by fx's generated source text. So every name that reaches it is checked
 here: inputs, keywords, and the texts among constants.

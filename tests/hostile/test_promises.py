@@ -106,7 +106,6 @@ def test_the_list_of_operators_is_short_and_few_write():
     assert writes == {"decode_attention", "choose_into", "lazy_qkv", "catch_up"}
 
 
-
 @pytest.mark.parametrize("written", ["w0", "part", "head_index", "start"])
 def test_programs_write_into_caches_and_what_they_made(sample, written):
     """Not into weights, parts of them, or other inputs."""
@@ -395,6 +394,13 @@ def test_json_has_one_meaning(tmp_path, text):
         foreign.loads(text, tmp_path / "x.json")
 
 
+def test_long_json_is_not_read(tmp_path):
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(foreign.MOST_JSON + 1)
+    with pytest.raises(ArtifactError, match=r"(?s)x\.json.*at most 8388608 bytes"):
+        foreign.read_object(tmp_path, "x.json")
+
+
 def test_a_header_accounts_for_every_byte(sample, fuzz):
     name = "predictor.safetensors"
     header, data = fuzz.header_of(sample.files[name])
@@ -641,7 +647,7 @@ def test_no_pickle_and_no_code_in_the_sources():
 
 @pytest.mark.parametrize(
     "text",
-    ["import pickle", "import pickle as p", "from pickle import loads", "import torch.jit as j; eval('1')",
+    ["import pickle", "import pickle as p", "from pickle import loads", "x = eval('1')",
      "from torch import load", "np.load(f, allow_pickle=True)", "np.load(f, allow_pickle=x)",
      "torch.load(f)", "f(trust_remote_code=yes)", "from torch.export import load"],
 )  # fmt: skip
