@@ -223,10 +223,10 @@ class _Run:
                 if node.op == "output":
                     self._results(name, program, args[0])
                     return
-                self._foresee(node, args, kwargs)
                 for tensor in _written(node.target, args, kwargs):
                     if _storage(tensor) in kept:
                         raise ValueError(f"{node.name} writes into a weight, or what is given")
+                self._foresee(node, args, kwargs)
                 known[node] = value = _call(node.target, args, kwargs)
                 for tensor in _tensors(value):
                     place = _storage(tensor)
