@@ -73,7 +73,7 @@ def _choose_into(
     sizes = [len(one) for one in (weights, biases, thresholds, at, sets)]
     if kinds not in (1, 2) or sizes != [kinds] * 4 + [2 * kinds]:
         raise KernelError(
-            "a tap chooses heads, neurons or both",
+            "the arguments of choose_into do not fit: a tap chooses heads, neurons or both",
             expected="1 or 2 weights; a bias, thresholds, a place and two sets for each",
             got=sizes,
         )

@@ -67,6 +67,9 @@ def load(
             tokenizer = AutoTokenizer.from_pretrained(
                 artifact.path, padding_side="left", **code, **own
             )
+            file = "config.json"
+            manifest = artifact.manifest
+            model = ShadowcForCausalLM(config, generation, session, manifest, tokenizer, watch)
         except Exception as error:  # libraries that read them fail in many ways
             raise ArtifactError(
                 f"{artifact.path / file} is missing or damaged",
@@ -75,7 +78,7 @@ def load(
                 fix="compile the artifact again",
             ) from error
     announce(artifact.path, artifact.manifest, "transformers")
-    return ShadowcForCausalLM(config, generation, session, artifact.manifest, tokenizer, watch)
+    return model
 
 
 def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:

@@ -362,7 +362,8 @@ def hugging_face(sample: Sample, rng: random.Random, number: int) -> bool:
         name, value = "config.json", json.loads(sample.files["config.json"])
         value["model_type"] = rng.choice(("bert", None, "../x", 1, "rag", "trust", []))
     else:
-        value = disturbed(value, rng)
+        name = rng.choice((name, "tokenizer.json"))
+        value = disturbed(json.loads(sample.files[name]), rng)
     sample.put(name, text_of(value))
     sample.seal()
     return False
@@ -520,7 +521,7 @@ KINDS: dict[str, tuple[Damage, Callable[[Artifact], object], int, int]] = {
     "headers": (headers, Artifact.tensors, 2400, 9000),
     "index": (index, Artifact.tensors, 700, 2000),
     "paths": (paths, Artifact.tensors, 1400, 4000),
-    "hugging-face": (hugging_face, load_all, 1200, 4000),
+    "hugging-face": (hugging_face, load_all, 800, 4000),
     "report": (report, describe_artifact, 800, 2000),
     "programs": (program, run_batches, 400, 6000),
     "tensors": (tensors, run_steps, 60, 3000),
