@@ -95,7 +95,7 @@ class Session:
         self._examined: str | None = None  # "" while a step is searched, then what was found
 
     #: Held while a file of the artifact is opened after it was loaded, by the file's name.
-    reopened: Callable[[str], AbstractContextManager[None]] = contextlib.nullcontext
+    reopened: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext
 
     #: Whether a step only starts work, so that it pays to launch the next one early.
     runs_ahead = False

@@ -528,7 +528,7 @@ KINDS: dict[str, tuple[Damage, Callable[[Artifact], object], int, int]] = {
 }
 
 #: What is run names what fails in it: a program, an argument of an operator or of native code.
-RUN = dict.fromkeys(("programs", "tensors"), ("program", "shadowc_", "argument"))
+RUN = dict.fromkeys(("programs", "tensors"), ("program", "shadowc_", "argument", "together"))
 
 # ---------------------------------------------------------------------------- trying them
 
