@@ -18,7 +18,7 @@ from torch import Tensor
 # The op is made of theirs.
 from shadowc.kernels import linear, select_above
 from shadowc.kernels.select import keep_sets
-from shadowc.native import check, check_rank, register, weight_dtype
+from shadowc.native import check_layout, check_rank, register, weight_dtype
 
 _ = linear, select_above
 
@@ -27,14 +27,14 @@ def _check(
     code: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], thresholds: Sequence[Tensor]
 ) -> None:
     check_rank("code", code, 3)
-    check("code", code, torch.float32, code.shape[0], 1, code.shape[2])
+    check_layout("code", code, torch.float32, code.shape[0], 1, code.shape[2])
     for weight, bias, threshold in zip(weights, biases, thresholds, strict=True):
         layers = threshold.shape[0]
         units = weight.shape[0] // layers
         weight_dtype("weight", weight)
-        check("weight", weight, weight.dtype, layers * units, code.shape[2])
-        check("bias", bias, bias.dtype, layers * units)
-        check("threshold", threshold, torch.float32, layers)
+        check_layout("weight", weight, weight.dtype, layers * units, code.shape[2])
+        check_layout("bias", bias, bias.dtype, layers * units)
+        check_layout("threshold", threshold, torch.float32, layers)
 
 
 def choose_above_reference(

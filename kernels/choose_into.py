@@ -70,13 +70,15 @@ def _choose_into(
     at: Sequence[int],
 ) -> None:
     kinds = len(weights)
-    if not (kinds in (1, 2) and len(sets) == 2 * kinds and len(at) == kinds):
+    sizes = [len(one) for one in (weights, biases, thresholds, at, sets)]
+    if kinds not in (1, 2) or sizes != [kinds] * 4 + [2 * kinds]:
         raise KernelError(
-            "a tap chooses heads, neurons or both",
-            expected="1 or 2 weights, a place and two sets for each",
-            got=f"{kinds}, {len(at)} and {len(sets)}",
+            "the arguments of choose_into do not fit: a tap chooses heads, neurons or both",
+            expected="1 or 2 weights; a bias, thresholds, a place and two sets for each",
+            got=sizes,
         )
     check_rank("x", x, 3)
+    check_rank("weight", weights[0], 2)
     batch, _, width = x.shape
     rank, matrix = weights[0].shape[1], weights[0].dtype
     dtype = weight_dtype("weight", weights[0])
@@ -86,6 +88,8 @@ def _choose_into(
     fields: list[int] = []
     for k, threshold in enumerate(thresholds):
         weight, bias, index, count = weights[k], biases[k], sets[2 * k], sets[2 * k + 1]
+        check_rank("index", index, 3)
+        check_rank("threshold", threshold, 1)
         whole, _, units = index.shape
         layers, place = threshold.shape[0], at[k]
         check("weight", weight, matrix, layers * units, rank)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shadowc.native import check, check_rank, register
+from shadowc.native import check_layout, check_rank, register
 
 
 def compact_reference(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def compact_reference(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _compact(mask: Tensor) -> tuple[Tensor, Tensor]:
     check_rank("mask", mask, 2)
-    check("mask", mask, torch.bool, *mask.shape)
+    check_layout("mask", mask, torch.bool, *mask.shape)
     return compact_reference(mask)
 
 

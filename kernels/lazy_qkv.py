@@ -36,7 +36,7 @@ from torch import Tensor
 from shadowc.errors import KernelError
 from shadowc.kernels.norm_linear import norm_linear_reference, product
 from shadowc.kernels.norm_qkv import NormQkv
-from shadowc.native import check, keep_mask, register
+from shadowc.native import check_layout, keep_mask, register
 
 WINDOW = 16
 """W: tokens whose inputs are kept; as many as tensor cores multiply at once."""
@@ -73,15 +73,15 @@ class Lazy:
     def check(self, wk: Tensor, wv: Tensor) -> None:
         """Raise KernelError unless they fit together and the matrices of keys and values."""
         rows, width = self.groups * self.head_dim, wk.shape[1]
-        check("wk", wk, self.window.dtype, rows, width)
-        check("wv", wv, self.window.dtype, rows, width)
-        check("window", self.window, wk.dtype, WINDOW, width)
-        check("moments", self.moments, torch.float32, WINDOW, 2)
-        check("filled", self.filled, torch.int32, 2, self.groups)
-        check("position", self.position, torch.int64, 1)
-        check("v_cache", self.v_cache, self.k_cache.dtype, *self.k_cache.shape)
+        check_layout("wk", wk, self.window.dtype, rows, width)
+        check_layout("wv", wv, self.window.dtype, rows, width)
+        check_layout("window", self.window, wk.dtype, WINDOW, width)
+        check_layout("moments", self.moments, torch.float32, WINDOW, 2)
+        check_layout("filled", self.filled, torch.int32, 2, self.groups)
+        check_layout("position", self.position, torch.int64, 1)
+        check_layout("v_cache", self.v_cache, self.k_cache.dtype, *self.k_cache.shape)
         if self.turns is not None:
-            check("turns", self.turns, torch.float32, 2, WINDOW, self.head_dim)
+            check_layout("turns", self.turns, torch.float32, 2, WINDOW, self.head_dim)
 
 
 @dataclass(frozen=True)

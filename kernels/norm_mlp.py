@@ -28,6 +28,7 @@ from shadowc.native import (
     activate,
     activation_code,
     check_keep,
+    check_layout,
     check_one_token,
     keep_mask,
     register,
@@ -58,7 +59,8 @@ class NormMlp:
     def check(self) -> None:
         """Raise KernelError unless they fit together."""
         check_one_token("scaled", self.scaled, self.w1.shape[1])
-        check_keep(self.index, self.count, self.scaled.shape[0], self.w1.shape[0])
+        rows, neurons = self.scaled.shape[0], self.w1.shape[0]
+        check_keep(self.index, self.count, rows, neurons, check_layout)
         activation_code(self.activation)
 
 

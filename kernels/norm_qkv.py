@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from shadowc.kernels.norm_linear import norm_linear_reference
-from shadowc.native import check_keep, check_one_token, keep_mask, register
+from shadowc.native import check_keep, check_layout, check_one_token, keep_mask, register
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class NormQkv:
         """Raise KernelError unless they fit together."""
         check_one_token("scaled", self.scaled, self.wq.shape[1])
         heads = self.wq.shape[0] // self.head_dim
-        check_keep(self.index, self.count, self.scaled.shape[0], heads)
+        check_keep(self.index, self.count, self.scaled.shape[0], heads, check_layout)
 
 
 def norm_qkv_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

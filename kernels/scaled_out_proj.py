@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shadowc.kernels.norm_linear import product
 from shadowc.kernels.scale import scale_reference
-from shadowc.native import check_keep, check_one_token, keep_mask, register
+from shadowc.native import check_keep, check_layout, check_one_token, keep_mask, register
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ScaledOutProj:
         """Raise KernelError unless they fit together."""
         check_one_token("ctx", self.ctx, self.weight.shape[1])
         heads = self.weight.shape[1] // self.head_dim
-        check_keep(self.index, self.count, self.ctx.shape[0], heads)
+        check_keep(self.index, self.count, self.ctx.shape[0], heads, check_layout)
 
 
 def scaled_out_proj_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,11 +10,13 @@ float32 -> index int32 [L, B, N] ascending, of which the first count (int32 [L, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from shadowc.errors import KernelError
-from shadowc.native import check, check_rank, function, register
+from shadowc.native import check, check_layout, check_rank, function, register
 
 _native = function("select", "3P 5q 2i")
 
@@ -54,7 +56,9 @@ def keep_sets(scores: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _check(scores: Tensor, keep: int, floor: int, local: bool) -> None:
+def _check(
+    scores: Tensor, keep: int, floor: int, local: bool, check: Callable[..., None] = check
+) -> None:
     check_rank("scores", scores, 3)
     check("scores", scores, torch.float32, *scores.shape)
     batch, layers, units = scores.shape
@@ -92,7 +96,7 @@ def _select(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor,
 def _select_cuda(scores: Tensor, keep: int, floor: int, local: bool) -> tuple[Tensor, Tensor]:
     from shadowc.kernels.cuda.select import select
 
-    _check(scores, keep, floor, local)
+    _check(scores, keep, floor, local, check_layout)
     return select(scores, keep, floor, local)
 
 

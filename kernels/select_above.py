@@ -8,11 +8,13 @@ are kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from shadowc.kernels.select import keep_sets
-from shadowc.native import check, check_rank, function, register
+from shadowc.native import check, check_layout, check_rank, function, register
 
 _native = function("select_above", "4P 3q i")
 
@@ -24,7 +26,7 @@ def select_above_reference(scores: Tensor, threshold: Tensor) -> Tensor:
     )
 
 
-def _check(scores: Tensor, threshold: Tensor) -> None:
+def _check(scores: Tensor, threshold: Tensor, check: Callable[..., None] = check) -> None:
     check_rank("scores", scores, 3)
     check("scores", scores, torch.float32, *scores.shape)
     check("threshold", threshold, torch.float32, scores.shape[1])
@@ -47,7 +49,7 @@ def _select_above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
 def _select_above_cuda(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     from shadowc.kernels.cuda.select_above import select_above
 
-    _check(scores, threshold)
+    _check(scores, threshold, check_layout)
     return select_above(scores, threshold)
 
 

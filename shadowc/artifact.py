@@ -147,6 +147,13 @@ class Artifact:
             raise
         self.check_current()
 
+    @contextlib.contextmanager
+    def reopened(self, name: str) -> Iterator[None]:
+        """As `unreplaced`, for one file that is read long after all were checked: it is again."""
+        with self.unreplaced():
+            foreign.check_content(self.path, name, self.manifest["files"].get(name))
+            yield
+
     def check_current(self) -> None:
         """Raise unless it is still what was opened: after its files were read, not only checked.
 
@@ -236,10 +243,11 @@ def write_artifact(
         (new / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         files = {}
         for path in sorted(path for path in new.rglob("*") if path.is_file()):
-            name = foreign.check_name(new, path.relative_to(new).as_posix(), MANIFEST)
+            name = path.relative_to(new).as_posix()
             digest = hashes.get(name) or sha256(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": digest}
-        foreign.check_hugging_face(new, files)  # what would be refused is not written
+        foreign.check_listing(new, files, MANIFEST)  # what would be refused is not written
+        foreign.check_hugging_face(new, files)
         full = {"schema": SCHEMA, **manifest, "files": files}
         text = sealed(full)
         (new / MANIFEST).write_text(text)
@@ -395,8 +403,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise damaged(root / MANIFEST, "a list of files", type(files).__name__)
-    for name in files:
-        foreign.check_name(root, name, MANIFEST)
+    foreign.check_listing(root, files, MANIFEST)
     check_manifest(root / MANIFEST, manifest)
     return manifest
 

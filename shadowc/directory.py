@@ -247,9 +247,14 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Write a file and wait for the disk; remove it again if that fails."""
+    """Write a new file and wait for the disk; remove it again if that fails.
+
+    What has that name goes first, so that nothing is written through a link or into a pipe.
+    """
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        with path.open("w", encoding="utf-8") as file:
+        with open(os.open(path, flags, 0o666), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -21,8 +21,8 @@ from typing import Any
 
 from shadowc.errors import ArtifactError
 
-MOST_JSON = 32 << 20
-"""Bytes of a JSON file; that of 80 layers has 2 MB."""
+MOST_JSON = 8 << 20
+"""Bytes of a JSON file; programs have up to 17 KB a layer."""
 _MOST_DEPTH = 32
 _MOST_NAMES = 1 << 14
 _CHUNK = 1 << 22
@@ -30,9 +30,22 @@ _MOST_DIGITS = 32  # transformers writes 10^30 where there is no limit
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}(/[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}){0,4}")
 _TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
 
-#: What may lie in an artifact without being listed: what people add to a directory they share, and
-#: what this package draws or is about to put in the place of something.
-_UNLISTED = re.compile(r"\..*|README\.md|LICENSE.*|report\.html|[a-z]+\.(json|html)\.new")
+#: What an artifact may list: what this package and transformers' tokenizers write. Libraries look
+#: for more (adapters, processors, code), and would find it.
+_WRITTEN = re.compile(
+    r"(report|config|generation_config|genai_config|tokenizer|tokenizer_config|special_tokens_map|"
+    r"added_tokens|vocab)\.json|merges\.txt|tokenizer\.model|chat_template\.jinja|"
+    r"additional_chat_templates/[A-Za-z0-9_.-]+\.jinja|"
+    r"(model|weights)(-\d{5}-of-\d{5})?\.safetensors|(model|weights)\.safetensors\.index\.json|"
+    r"predictor\.safetensors|(model|dense)\.onnx|"
+    r"programs/(dense|full|exact|prefill|decode|hold|lazy|lazy_hold|catch_up|masked)\.json|"
+    r"programs/(prefill|decode)\.pt2|kernels/sm_\d{2,3}/(index\.json|[A-Za-z0-9_-]+\.cubin)"
+)
+
+#: What may lie in an artifact without being listed: what people add to a directory they share, and,
+#: as regular files, what this package draws or is about to put in the place of something.
+_UNLISTED = re.compile(r"\..*|README\.md|LICENSE.*")
+_UNLISTED_FILES = re.compile(r"report\.html|(manifest|report)\.json\.new|report\.html\.new")
 
 #: Bytes of a value of each type that a header may name.
 ITEM = {"BOOL": 1, "U8": 1, "I32": 4, "I64": 8, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
@@ -46,6 +59,16 @@ _HARMLESS_PATHS = ("name_or_path", "_name_or_path")
 _MODEL_TYPES = ("shadowc", "opt", "llama")
 _TOKENIZERS = re.compile(
     r"TokenizersBackend|PreTrainedTokenizer(Fast)?|(GPT2|Llama|CodeLlama|GPTNeoX)Tokenizer(Fast)?"
+)
+#: All that GenAI's config says here; it knows more keys, some of which name libraries.
+_GENAI = frozenset(
+    """
+    model type bos_token_id eos_token_id pad_token_id context_length vocab_size decoder
+    session_options log_id provider_options cuda filename head_size hidden_size num_attention_heads
+    num_hidden_layers num_key_value_heads inputs input_ids attention_mask position_ids
+    past_key_names past_value_names outputs logits present_key_names present_value_names search
+    do_sample max_length past_present_share_buffer
+    """.split()
 )
 _HUGGING_FACE = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -75,6 +98,13 @@ def check_name(root: Path, name: object, listing: str) -> str:
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
         raise damaged(root / listing, "names of files inside the artifact", repr(name)[:200])
     return name
+
+
+def check_listing(root: Path, files: Mapping[str, Any], listing: str) -> None:
+    """Raise unless a manifest lists files alone that an artifact may have; none is opened."""
+    for name in files:
+        if _WRITTEN.fullmatch(check_name(root, name, listing)) is None:
+            raise damaged(root / listing, "files that compile writes", name)
 
 
 @contextlib.contextmanager
@@ -157,7 +187,10 @@ def check_listed(root: Path, files: Mapping[str, Any], listing: str) -> None:
         seen += len(entries)
         for entry in entries if seen <= _MOST_NAMES else ():
             name = f"{folder}/{entry.name}".lstrip("/")
-            if name in files or name == listing or (not folder and _UNLISTED.fullmatch(entry.name)):
+            drawn = name not in files and _UNLISTED_FILES.fullmatch(name) is not None
+            if drawn and not entry.is_file(follow_symlinks=False):
+                raise damaged(root / name, "a file, not a link or anything else", "another kind")
+            if drawn or name in files or name == listing or _UNLISTED.fullmatch(name):
                 continue
             if name in folders and entry.is_dir(follow_symlinks=False):
                 waiting.append(name)
@@ -313,8 +346,11 @@ def check_hugging_face(root: Path, files: Mapping[str, Any]) -> None:
             if isinstance(one, list):
                 waiting += one
             for key, item in one.items() if isinstance(one, dict) else ():
-                allowed = item is None or key in _HARMLESS_PATHS or name == "genai_config.json"
-                if _FORBIDDEN.fullmatch(key) and not allowed:
+                allowed = item is None or key in _HARMLESS_PATHS
+                forbidden = _FORBIDDEN.fullmatch(key) is not None and not allowed
+                if name == "genai_config.json":
+                    forbidden = key not in _GENAI
+                if forbidden:
                     raise damaged(path, f"no {key}: an artifact names no code and no path", item)
                 waiting.append(item)
         if name == "config.json" and value.get("model_type") not in _MODEL_TYPES:

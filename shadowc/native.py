@@ -149,18 +149,33 @@ def pointer(tensor: Tensor | None) -> int:
 
 
 def check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
-    """Refuses a tensor of another dtype or shape, or one that is not contiguous.
+    """Refuses a tensor of another dtype or shape, one that is not contiguous, or not on the CPU.
 
     Raises:
         KernelError: Names the argument, what it must be and what it is.
     """
+    if (
+        tensor.dtype is not dtype
+        or tensor.shape != shape
+        or not tensor.is_contiguous()
+        or not tensor.is_cpu
+    ):
+        raise _unfit(name, tensor, f"{dtype} {list(shape)}, contiguous, cpu")
+
+
+def check_layout(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """As `check`, wherever the tensor is: for what does not go to the native library."""
     if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_contiguous():
-        layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
-        raise KernelError(
-            f"argument {name!r} does not fit",
-            expected=f"{dtype} {list(shape)}, contiguous",
-            got=f"{tensor.dtype} {list(tensor.shape)}, {layout}",
-        )
+        raise _unfit(name, tensor, f"{dtype} {list(shape)}, contiguous")
+
+
+def _unfit(name: str, tensor: Tensor, expected: str) -> KernelError:
+    layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+    return KernelError(
+        f"argument {name!r} does not fit",
+        expected=expected,
+        got=f"{tensor.dtype} {list(tensor.shape)}, {layout}, {tensor.device.type}",
+    )
 
 
 def check_optional(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
@@ -189,7 +204,13 @@ def check_one_token(name: str, tensor: Tensor, width: int) -> None:
         )
 
 
-def check_keep(index: Tensor | None, count: Tensor | None, batch: int, units: int) -> None:
+def check_keep(
+    index: Tensor | None,
+    count: Tensor | None,
+    batch: int,
+    units: int,
+    check: Callable[..., None] = check,
+) -> None:
     """Refuses a keep set that is not int32 `index` [B, N] with int32 `count` [B], or two None."""
     if index is None and count is None:
         return

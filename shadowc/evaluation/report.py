@@ -6,6 +6,7 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from shadowc.evaluation import figures
 from shadowc.foreign import damaged
 
 HTML = "report.html"
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
 _COLORS = {"heads": "#3b6ea5", "neurons": "#6a9a3b"}
 
 
@@ -31,7 +33,7 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
     """
     try:
         return _described(artifact)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except _MALFORMED as error:
         got = f"{type(error).__name__}: {error}"
         raise damaged(artifact.path / REPORT, "what compile writes", got) from error
 
@@ -109,59 +111,80 @@ def save_section(artifact: Artifact, section: str, value: Mapping[str, Any]) -> 
 
 
 def render(artifact: Artifact) -> str:
-    """One self-contained page: what the artifact is, its quality, its speed, its budgets."""
+    """One self-contained page: what the artifact is, its quality, its speed, its budgets.
+
+    A section that is malformed is named and left out: the page is drawn when another one has
+    just been measured and written.
+    """
     report, shape = artifact.report(), artifact.manifest["shape"]
     facts = {k: v for k, v in describe_artifact(artifact).items() if _is_plain(v)}
     parts = [f"<h1>{_text(artifact.path.name)}</h1>", _pairs(facts)]
-    if "eval" in report:
-        found = report["eval"]
-        quality = [
-            (name, f"{v['perplexity']:.2f}", _number(v.get("word_perplexity")),
-             _percent(v["head_sparsity"]), _percent(v["neuron_sparsity"]))
-            for name, v in found["variants"].items()
-        ]  # fmt: skip
-        parts += [
-            "<h2>Quality</h2>",
-            _table(
-                ("masks", "perplexity", "word perplexity", "heads skipped", "neurons skipped"),
-                quality,
-            ),
-            f"<p>{found['tokens']} tokens of {_text(found['data'])}, windows of "
-            f"{found['seq_len']}, causal masks.</p>",
-        ]
-    if "bench" in report:
-        found = report["bench"]
-        dense = found["dense_ms_per_token"]
-        names = {
-            "artifact": "ms_per_token",
-            "exact": "exact_ms_per_token",
-            "dense, same runtime": "dense_ms_per_token",
-            "static": "static_ms_per_token",
-            "DejaVu's predictors, random weights": "dejavu_ms_per_token",
-            "Hugging Face eager": "hugging_face_ms_per_token",
-            "Hugging Face eager, fp32": "hugging_face_fp32_ms_per_token",
-            "Hugging Face compiled": "hugging_face_compiled_ms_per_token",
-        }
-        speed = [
-            (name, f"{found[key]:.2f}", f"{found[key] / dense:.2f}")
-            for name, key in names.items()
-            if found.get(key) is not None
-        ]
-        parts += [
-            "<h2>Speed</h2>",
-            _table(("decode", "ms a token", "beside dense"), speed),
-            f"<p>{_text(found['device'])}, {_text(found['isa'])}, {found['threads']} threads, "
-            f"batch {found['batch']}, {_text(found['dtype'])}; {found['bytes_per_token']:,} bytes "
-            f"of weights a token, dense {found['dense_bytes_per_token']:,}.</p>",
-        ]
-    ran = layers(report.get("bench", report["compile"]))
-    parts += [
+    sections = (
+        ("eval", "eval", _quality),
+        ("bench", "bench", _speed),
+        ("bench" if "bench" in report else "compile", "layers", partial(_units, shape)),
+    )
+    for name, what, draw in sections:
+        if name in report:
+            try:
+                parts += draw(report[name])
+            except _MALFORMED:
+                parts.append(f"<p>What the report says of {what} is malformed.</p>")
+    return _PAGE.format(title=_text(artifact.path.name), style="", body="\n".join(parts))
+
+
+def _quality(found: Mapping[str, Any]) -> list[str]:
+    """Perplexities, as `eval` measured them."""
+    quality = [
+        (name, f"{v['perplexity']:.2f}", _number(v.get("word_perplexity")),
+         _percent(v["head_sparsity"]), _percent(v["neuron_sparsity"]))
+        for name, v in found["variants"].items()
+    ]  # fmt: skip
+    head = ("masks", "perplexity", "word perplexity", "heads skipped", "neurons skipped")
+    return [
+        "<h2>Quality</h2>",
+        _table(head, quality),
+        f"<p>{_text(found['tokens'])} tokens of {_text(found['data'])}, windows of "
+        f"{_text(found['seq_len'])}, causal masks.</p>",
+    ]
+
+
+def _speed(found: Mapping[str, Any]) -> list[str]:
+    """Times of a token, as `bench` measured them."""
+    dense = found["dense_ms_per_token"]
+    names = {
+        "artifact": "ms_per_token",
+        "exact": "exact_ms_per_token",
+        "dense, same runtime": "dense_ms_per_token",
+        "static": "static_ms_per_token",
+        "DejaVu's predictors, random weights": "dejavu_ms_per_token",
+        "Hugging Face eager": "hugging_face_ms_per_token",
+        "Hugging Face eager, fp32": "hugging_face_fp32_ms_per_token",
+        "Hugging Face compiled": "hugging_face_compiled_ms_per_token",
+    }
+    speed = [
+        (name, f"{found[key]:.2f}", f"{found[key] / dense:.2f}")
+        for name, key in names.items()
+        if found.get(key) is not None
+    ]
+    return [
+        "<h2>Speed</h2>",
+        _table(("decode", "ms a token", "beside dense"), speed),
+        f"<p>{_text(found['device'])}, {_text(found['isa'])}, {_text(found['threads'])} threads, "
+        f"batch {_text(found['batch'])}, {_text(found['dtype'])}; {found['bytes_per_token']:,} "
+        f"bytes of weights a token, dense {found['dense_bytes_per_token']:,}.</p>",
+    ]
+
+
+def _units(shape: Mapping[str, int], found: Mapping[str, Any]) -> list[str]:
+    """What ran in each layer."""
+    ran = layers(found)
+    return [
         "<h2>What runs in each layer</h2>",
         "<p>Mean share of the units that a token runs.</p>",
         _bars("heads", [row[0] / shape["heads"] for row in ran]),
         _bars("neurons", [row[1] / shape["ffn"] for row in ran]),
     ]
-    return _PAGE.format(title=_text(artifact.path.name), style="", body="\n".join(parts))
 
 
 _PAGE = """<!doctype html>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ def check_model(file: Path) -> None:
         except Exception as error:  # protobuf has errors of its own
             raise foreign.damaged(file, "a model of ONNX", error) from error
     sizes: dict[str, int] = {}
-    for tensor in _tensors([model.graph, *model.functions]):
+    trained = [g for one in model.training_info for g in (one.initialization, one.algorithm)]
+    for tensor in _tensors([model.graph, *model.functions, *trained]):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -38,11 +40,14 @@ def check_model(file: Path) -> None:
         if name not in sizes:
             with foreign.opened(file.parent, name) as (_, size):
                 sizes[name] = size
-        try:
-            offset, length = (int(entries.get(key, "0")) for key in ("offset", "length"))
-        except ValueError as error:
+        try:  # without a length it is as long as its shape says
+            size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            needed = math.prod(tensor.dims) * size
+            offset, length = int(entries.get("offset", "0")), int(entries.get("length", needed))
+        except (ValueError, KeyError, TypeError) as error:
             raise foreign.damaged(file, "numbers as offset and length", error) from error
-        if offset < 0 or length < 0 or offset + length > sizes[name]:
+        least = min(offset, length, *tensor.dims, 0)
+        if least < 0 or offset + max(length, needed) > sizes[name]:
             got = f"{length} bytes from {offset} of {sizes[name]}"
             raise foreign.damaged(file, f"external data inside {name}", got)
 
@@ -54,10 +59,10 @@ def _tensors(graphs: list[Any]) -> Iterator[Any]:
         yield from getattr(graph, "initializer", ())
         for sparse in getattr(graph, "sparse_initializer", ()):
             yield from (sparse.values, sparse.indices)
-        for node in graph.node:
-            for attribute in node.attribute:
-                yield attribute.t
-                yield from attribute.tensors
-                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                    yield from (sparse.values, sparse.indices)
-                graphs += [attribute.g, *attribute.graphs]
+        defaults = getattr(graph, "attribute_proto", ())  # of a function
+        for attribute in (*defaults, *(one for node in graph.node for one in node.attribute)):
+            yield attribute.t
+            yield from attribute.tensors
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            graphs += [attribute.g, *attribute.graphs]

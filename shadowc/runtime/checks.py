@@ -1,13 +1,18 @@
 """What a program of a file may do, found out before it runs: its names, its shapes, its memory.
 
-A program is run once on tensors without memory (`meta`) with the inputs that a session gives it,
-for one row and for several, at the greatest length. What it would hold at once must stay within a
-bound that follows from the artifact's headers: twice the weights, and what activations of such a
-model take. Its results must be those that a session takes from it.
+A program is run twice on tensors without memory (`meta`) with the inputs that a session gives it:
+for one row of a token or two, and for `_ROWS` of `_TOKENS`, numbers that no artifact chooses. What
+it would hold at once must stay within a bound that follows from the artifact's weights: twice their
+size, and what activations of such a model take. So must what each operator takes for itself beside
+its result. What other numbers of rows and tokens take is not looked at, nor is time. Its results
+must be those that a session takes from it, and an operator that writes into a tensor gets a cache,
+what lazy programs remember, or what the program has made itself.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
 import re
 from collections import Counter
@@ -25,8 +30,9 @@ from shadowc.runtime.lazy import CATCH_UP, LAZY
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import PROGRAMS
 
-_ROWS = 8  # the second check's
+_ROWS, _TOKENS = 8, 128  # the second check's
 _BASE = 64 << 20
+_KEEP = "keep."
 _PARTS = 1 << 13  # tensors that one tensor may be taken apart into
 _TENSORS_AT_ONCE = 32  # of the size of a layer's or the predictor's activations
 _STEPS = ("decode", "hold", "exact", "full", *LAZY.values())
@@ -43,6 +49,7 @@ _STEP_INPUTS = re.compile(
     r"(?P<keep>(?: (?:head|neuron)_(?:index|count))*)"
     r"(?P<lazy>(?: (?:window|moments|filled)_\d{1,4}| turns)*)(?P<caches>(?: [kv]_cache_\d{1,4})*)"
 )
+_WRITTEN = re.compile(r"[kv]_cache_\d{1,4}|(window|moments|filled)_\d{1,4}|turns")
 _OUTPUT = re.compile(
     r"logits|(head|neuron)_(index|count|mask)|(rows|computed)_\d{1,4}|[a-z][a-z0-9_]{0,40}"
 )
@@ -90,9 +97,9 @@ def check_programs(
             missing = [key for key in program.weights if key not in meta]
             if missing:
                 raise ValueError(f"needs {missing[0]}, which the artifact lacks")
-            tokens = 1 if name in _STEPS else max_seq_len
-            for rows in (1,) if name in _LAZY else (1, _ROWS):
-                run = _Run(shape, rows, tokens, max_seq_len, size, meta)
+            few, many = (1, 1) if name in _STEPS else (min(max_seq_len, n) for n in (2, _TOKENS))
+            for rows, tokens in ((1, few),) if name in _LAZY else ((1, few), (_ROWS, many)):
+                run = _Run(shape, rows, tokens, min(max_seq_len, _TOKENS), size, meta)
                 run.check(name, program)
         except Exception as error:  # a stranger's program may fail in any way
             raise ArtifactError(
@@ -106,8 +113,17 @@ def _check_keep(
     path: Path, meta: Mapping[str, Tensor], tensors: Mapping[str, Tensor], shape: ModelShape
 ) -> None:
     """Keep sets that never change: their shapes, and that they name units that there are."""
+    file = path / "predictor.safetensors"
+    known = {f"{_KEEP}{kind}_{part}" for kind in ("head", "neuron") for part in ("index", "count")}
+    if others := sorted(name for name in tensors if name.startswith(_KEEP) and name not in known):
+        raise ArtifactError(
+            f"{file} is damaged or not of this version",
+            expected=f"keep sets: {', '.join(sorted(known))}",
+            got=others[0][:80],
+            fix="compile the artifact again",
+        )
     for kind, units in (("head", shape.heads), ("neuron", shape.ffn)):
-        names = [f"keep.{kind}_{part}" for part in ("index", "count")]
+        names = [f"{_KEEP}{kind}_{part}" for part in ("index", "count")]
         found = [tensors.get(name) for name in names]
         index, count = found
         if index is None and count is None:
@@ -130,7 +146,7 @@ def _check_keep(
                 fits = bool(rises.all()) and bool(inside.all())
         if not fits:
             raise ArtifactError(
-                f"{path / 'predictor.safetensors'} is damaged or not of this version",
+                f"{file} is damaged or not of this version",
                 expected=f"ascending units of {units} as {' and '.join(names)}",
                 fix="compile the artifact again",
             )
@@ -193,24 +209,28 @@ class _Run:
         held: Counter[int] = Counter()  # storages of what is alive, by its users
         sizes: dict[int, int] = {}
         inputs = {_storage(value) for value in given}
+        places = zip((*[None] * len(program.weights), *program.inputs), given, strict=True)
+        kept = {_storage(v) for name, v in places if not (name and _WRITTEN.fullmatch(name))}
         feed = iter(given)
         total = 0
         with torch.no_grad():
             for node in program.graph.nodes:
                 if node.op == "placeholder":
                     known[node] = next(feed)
+                    self._fits(node, known[node])
                     continue
                 args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
                 if node.op == "output":
                     self._results(name, program, args[0])
                     return
-                args, kwargs = fx.node.map_aggregate((args, kwargs), _on_meta)
+                for tensor in _written(node.target, args, kwargs):
+                    if _storage(tensor) in kept:
+                        raise ValueError(f"{node.name} writes into a weight, or what is given")
                 self._foresee(node, args, kwargs)
                 known[node] = value = _call(node.target, args, kwargs)
                 for tensor in _tensors(value):
                     place = _storage(tensor)
-                    if tensor.numel() * tensor.element_size() > self.most:
-                        raise ValueError(f"{node.name} of {[*tensor.shape]} is too large")
+                    self._fits(node, tensor)
                     if place not in inputs:
                         if held[place] == 0:
                             sizes[place] = tensor.untyped_storage().nbytes()
@@ -227,30 +247,44 @@ class _Run:
                                 held[place] -= 1
                                 total -= sizes[place] if held[place] == 0 else 0
 
+    def _fits(self, node: fx.Node, tensor: Tensor) -> None:
+        """Refuse sizes that are too large together; operators make memory also of empty tensors."""
+        if math.prod(max(size, 1) for size in tensor.shape) * tensor.element_size() > self.most:
+            raise ValueError(f"{node.name} of {[*tensor.shape]} is too large")
+
     def _foresee(self, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Refuse what would take long or much before its result tells."""
-        if getattr(node.target, "__module__", "") == "_operator":
-            first = args[0]
-            if node.target is operator.getitem:
-                if not isinstance(first, (list, tuple)) or type(args[1]) is not int:
-                    raise ValueError(f"{node.name} takes no part of a tuple")
-            elif any(type(value) not in (int, float) or abs(value) > 1 << 62 for value in args):
-                raise ValueError(f"{node.name} is no arithmetic on sizes")
+        if node.target is operator.getitem:
+            if not isinstance(args[0], (list, tuple)) or type(args[1]) is not int:
+                raise ValueError(f"{node.name} takes no part of a tuple")
             return
-        opname = getattr(node.target, "_opname", "")
+        opname, inside = getattr(node.target, "_opname", ""), 0
         if opname == "unbind":
             x = args[0]
             dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             if isinstance(x, Tensor) and x.shape[dim] > _PARTS:
                 raise ValueError(f"{node.name} takes a tensor into {x.shape[dim]} parts")
-        elif opname == "scaled_dot_product_attention":
-            q, k = args[0], args[1]
-            if q.numel() // max(q.shape[-1], 1) * k.shape[-2] * 4 > self.most:
-                raise ValueError(f"{node.name} attends from {[*q.shape]} to {[*k.shape]}")
+        elif opname in ("matmul", "scaled_dot_product_attention"):
+            a, b = args[0].shape, args[1].shape
+            if opname == "matmul" and (len(a) < 3 or len(b) < 3):
+                return  # a product of matrices, which copies neither
+            if opname != "matmul":
+                b = (*b[:-2], b[-1], b[-2])
+            (n, k), m = a[-2:], b[-1]
+            # All are expanded to as many matrices as there are products; heads are repeated.
+            leading = [reversed(one.shape[:-2]) for one in _all_tensors((args, kwargs))]
+            products = math.prod(map(max, itertools.zip_longest(*leading, fillvalue=1)))
+            inside = products * (n * k + k * m + n * m)
         elif opname == "decode_attention":
             q, cache = args[0], args[5]
-            if q.numel() // max(cache.shape[-1], 1) * cache.shape[2] * 4 > self.most:
-                raise ValueError(f"{node.name} attends from {[*q.shape]} to {[*cache.shape]}")
+            inside = q.numel() // max(cache.shape[-1], 1) * cache.shape[2] + 2 * cache.numel()
+        elif opname in ("sparse_mlp", "sparse_gated_mlp"):
+            inside = 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[0]  # x, w1
+        elif opname == "norm_mlp":
+            inside = 2 * args[0].shape[0] * args[4].shape[0]
+        if 4 * inside > self.most:
+            shapes = [[*one.shape] for one in args if isinstance(one, Tensor)][:6]
+            raise ValueError(f"{node.name} of {shapes} takes {4 * inside} bytes beside its result")
 
     def _results(self, name: str, program: Program, results: Sequence[Any]) -> None:
         for key, value in zip(program.outputs, results, strict=True):
@@ -310,6 +344,14 @@ class _Run:
         return torch.empty(size, dtype=dtype, device="meta")
 
 
+def _written(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
+    """The tensors that an operator writes into, as its schema says."""
+    schema = getattr(target, "_schema", None)
+    for place, argument in enumerate(schema.arguments if schema and schema.is_mutable else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from _tensors(args[place] if place < len(args) else kwargs.get(argument.name))
+
+
 #: What calls gave by what they were given: layers repeat each other, and `meta` is slow.
 _KNOWN: dict[Any, Any] = {}
 _MOST_KNOWN = 1 << 14
@@ -350,10 +392,6 @@ def _all_tensors(value: Any) -> Iterable[Tensor]:
     elif isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _all_tensors(item)
-
-
-def _on_meta(value: Any) -> Any:
-    return torch.device("meta") if isinstance(value, torch.device) else value
 
 
 def _storage(tensor: Tensor) -> int:

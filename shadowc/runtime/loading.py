@@ -56,22 +56,29 @@ def load(
     with artifact.unreplaced():
         session = load_session(artifact, allow_jit=allow_jit)
         session.check_finite = check_finite
+        own = {"local_files_only": True}
+        code = {"trust_remote_code": False}
         try:
-            own = {"local_files_only": True}
-            config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=False, **own)
+            file = "config.json"
+            config = AutoConfig.from_pretrained(artifact.path, **code, **own)
+            file = "generation_config.json"
             generation = GenerationConfig.from_pretrained(artifact.path, **own)
+            file = "tokenizer.json, or tokenizer_config.json,"
             tokenizer = AutoTokenizer.from_pretrained(
-                artifact.path, padding_side="left", trust_remote_code=False, **own
+                artifact.path, padding_side="left", **code, **own
             )
+            file = "config.json"
+            manifest = artifact.manifest
+            model = ShadowcForCausalLM(config, generation, session, manifest, tokenizer, watch)
         except Exception as error:  # libraries that read them fail in many ways
             raise ArtifactError(
-                f"{artifact.path} lacks the model's Hugging Face files, or they are damaged",
+                f"{artifact.path / file} is missing or damaged",
                 expected="config.json, generation_config.json and a tokenizer",
                 got=f"{type(error).__name__}: {error}"[:400],
                 fix="compile the artifact again",
             ) from error
     announce(artifact.path, artifact.manifest, "transformers")
-    return ShadowcForCausalLM(config, generation, session, artifact.manifest, tokenizer, watch)
+    return model
 
 
 def load_session(artifact: Artifact, *, allow_jit: bool = False) -> Session:
@@ -108,4 +115,6 @@ def _load_session(artifact: Artifact, allow_jit: bool) -> Session:
         if dense_from is not None:
             session.dense_from_batch, session.dense_program = dense_from, manifest["dense_program"]
             session.program(session.dense_program)  # it must be there
-        return backend.serve(session, artifact.path, batches, allow_jit=allow_jit)
+        session = backend.serve(session, artifact.path, batches, allow_jit=allow_jit)
+        session.reopened = artifact.reopened
+        return session

@@ -76,7 +76,7 @@ class OnnxCache(KVCache):
 
 
 class OnnxSession(Session):
-    """Runs `model.onnx`, or where the dense baseline is asked for `dense.onnx`."""
+    """Runs `model.onnx`, or where the dense baseline is asked for `dense.onnx`, opened then."""
 
     runs_programs = False
     _directory: Path
@@ -126,10 +126,11 @@ class OnnxSession(Session):
     def _model(self, name: str) -> Any:
         if name not in self._opened:
             baseline = self._tuned and (name == DENSE or not self._has_step)
-            self._opened[name] = open_model(
-                self._directory / name, baseline=baseline, library=self._library,
-                cuda=self._device.type == "cuda",
-            )  # fmt: skip
+            with self.reopened(name):
+                self._opened[name] = open_model(
+                    self._directory / name, baseline=baseline, library=self._library,
+                    cuda=self._device.type == "cuda",
+                )  # fmt: skip
         return self._opened[name]
 
     @property

@@ -1,10 +1,10 @@
 """An executable graph as JSON: what a `programs/*.json` file holds and how it runs.
 
-A program is a list of calls to `aten::` and `shadowc::` operators (and Python arithmetic on sizes)
-over named weights and inputs. The format names operators, never code: nothing is imported or
-evaluated from a file, and an operator outside a list of those that the passes emit is refused (aten
-alone has some that read files or look beyond a tensor). torch.export's own archive is not used
-because it stores example inputs as a pickle and takes seconds to load.
+A program is a list of calls to `aten::` and `shadowc::` operators over named weights and inputs.
+The format names operators, never code: nothing is imported or evaluated from a file, and an
+operator outside a list of those that the passes emit is refused (aten alone has some that read
+files or look beyond a tensor). torch.export's own archive is not used because it stores example
+inputs as a pickle and takes seconds to load.
 
 A graph becomes a function by fx's generated source text. So every name that reaches it is checked
 here: inputs, keywords, and the texts among constants.
@@ -42,20 +42,16 @@ _ATEN = frozenset(
     view.default view_as.default zeros_like.default
     """.split()
 )  # fmt: skip
-_PYTHON = {
-    f"operator.{f.__name__}": f
-    for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
-              operator.neg, operator.mod)
-}  # fmt: skip
-_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
+_PYTHON = {"operator.getitem": operator.getitem}
+_CONSTANTS = (torch.dtype, torch.memory_format)
 _KNOWN_CONSTANTS = {
     str(value).removeprefix("torch."): value
     for value in (
         torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-        torch.bool, torch.strided, torch.contiguous_format, torch.preserve_format,
+        torch.bool, torch.contiguous_format, torch.preserve_format,
     )
 }  # fmt: skip
-_DEVICES = ("cpu", "cuda", "meta")
+_PLACES = ("device", "layout", "out")  # keywords: results are where the tensors are
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,200}")
 _INTEGERS = range(-(1 << 63), 1 << 63)
 
@@ -321,8 +317,6 @@ def _encode(value: Any) -> Any:
         return {"map": {key: _encode(item) for key, item in value.items()}}
     if isinstance(value, _CONSTANTS):
         return {"torch": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"device": value.type}
     if isinstance(value, float) and math.isinf(value):  # JSON has none
         return {"infinity": 1 if value > 0 else -1}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -344,11 +338,9 @@ def _decode(value: Any, names: Mapping[str, fx.Node]) -> Any:
         return names[inner]
     if kind == "map":
         for key in inner:
-            if not _name(key).isidentifier() or keyword.iskeyword(key):
+            if not _name(key).isidentifier() or keyword.iskeyword(key) or key in _PLACES:
                 raise ValueError(f"keyword {key[:80]}")
         return {key: _decode(item, names) for key, item in inner.items()}
-    if kind == "device" and inner in _DEVICES:
-        return torch.device(inner)
     if kind == "infinity" and inner in (1, -1):
         return math.inf * inner
     if kind == "torch":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -41,9 +43,6 @@ PROGRAMS = {
 
 #: How the names of keep sets begin among a program's results.
 KEEP_PREFIXES = ("head_", "neuron_")
-
-#: What operators raise when something does not fit; the first is also that of a GPU.
-_FAILURES = (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError)
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -95,6 +94,9 @@ class Session:
         self.lock = threading.RLock()  # shared by what `with_program` makes
         self._examined: str | None = None  # "" while a step is searched, then what was found
 
+    #: Held while a file of the artifact is opened after it was loaded, by the file's name.
+    reopened: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext
+
     #: Whether a step only starts work, so that it pays to launch the next one early.
     runs_ahead = False
     #: Whether programs run here operator by operator; else they are models of another runtime.
@@ -123,16 +125,15 @@ class Session:
                 not fit its inputs.
         """
         program = self.program(name)
-        bound = self._bound.get(name)
-        if self._examined == "":
-            given = [value.to(self.device) for value in inputs]
-            self._examined = program.first_not_finite(self.tensors, given) or ""
-        if bound is None:
-            bound = self._bound[name] = program.bind(self.tensors)
-        here = (value.to(self.device) for value in inputs)
+        here = [value.to(self.device) for value in inputs]
         try:
+            if self._examined == "":
+                self._examined = program.first_not_finite(self.tensors, here) or ""
+            bound = self._bound.get(name)
+            if bound is None:
+                bound = self._bound[name] = program.bind(self.tensors)
             results = bound(*here)
-        except _FAILURES as error:
+        except Exception as error:  # operators fail in many ways when something does not fit
             if isinstance(error, ShadowcError) or out_of_memory(error):
                 raise
             raise ArtifactError(

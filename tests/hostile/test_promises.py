@@ -8,18 +8,24 @@ import copy
 import hashlib
 import json
 import os
+import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from jinja2.exceptions import SecurityError
 
 import shadowc
 from shadowc import foreign, native
 from shadowc.artifact import MANIFEST, NO_NATIVE, open_artifact, update_report
 from shadowc.errors import ArtifactError, ShadowcError
+from shadowc.evaluation.report import render, save_section
 from shadowc.runtime import program as programs
 from shadowc.runtime.loading import load_session
 from shadowc.runtime.program import Program
+from shadowc.runtime.session import PROGRAMS
+from shadowc.targets.onnx import genai_config
 
 MARK = "marked_by_the_artifact"
 ATTACK = f"__import__('os').environ.__setitem__('{MARK}', '1')"
@@ -91,11 +97,25 @@ def test_other_operators_are_refused(sample, decode, operator):
     refused(sample, "programs/decode.json", decode, "not a program")
 
 
-def test_the_list_of_operators_is_short_and_none_writes_in_place():
+def test_the_list_of_operators_is_short_and_few_write():
     """A pass that emits another one extends it, and it is looked at."""
-    assert len(programs._ATEN) <= 56
-    for name in programs._ATEN:
-        assert not name.split(".")[0].endswith("_") or name.startswith("__"), "writes in place"
+    assert len(programs._ATEN) <= 56 and [*programs._PYTHON] == ["operator.getitem"]
+    aten = [programs._operator(f"aten.{name}") for name in programs._ATEN]
+    own = [programs._operator(f"shadowc.{name}.default") for name in native.CPU_LAUNCHERS]
+    writes = {operator._opname for operator in (*aten, *own) if operator._schema.is_mutable}
+    assert writes == {"decode_attention", "choose_into", "lazy_qkv", "catch_up"}
+
+
+@pytest.mark.parametrize("written", ["w0", "part", "head_index", "start"])
+def test_programs_write_into_caches_and_what_they_made(sample, written):
+    """Not into weights, parts of them, or other inputs."""
+    hold = json.loads(sample.files["programs/hold.json"])
+    part = {"name": "part", "target": "aten.select.int", "args": [{"node": "w0"}, 0, 0],
+            "kwargs": {"map": {}}}  # fmt: skip
+    hold["nodes"].insert(0, part)
+    write = next(node for node in hold["nodes"] if "decode_attention" in node["target"])
+    write["args"][5] = {"node": written}
+    refused(sample, "programs/hold.json", hold, "writes into a weight")
 
 
 def test_memory_that_was_not_written_is_not_shown(decode):
@@ -108,24 +128,68 @@ def test_memory_that_was_not_written_is_not_shown(decode):
     assert not run(*(torch.zeros(1) for _ in loaded.inputs))[0].any()
 
 
+@pytest.mark.parametrize("where", [{"device": "meta"}, {"device": "cpu"}, "meta", 1])
+@pytest.mark.parametrize("keyword", ["device", "layout"])
+def test_a_program_does_not_say_where_tensors_are(sample, decode, keyword, where):
+    """One without memory has the address 0, and a part of it an address of the program's choice."""
+    node = {"name": "room", "target": "aten.new_zeros.default",
+            "args": [{"node": "w0"}, [4]], "kwargs": {"map": {keyword: where}}}  # fmt: skip
+    decode["nodes"].insert(0, node)
+    refused(sample, "programs/decode.json", decode, "not a program")
+
+
+def test_native_code_gets_tensors_of_the_cpu_only():
+    nowhere = torch.zeros(1, 1, 8, device="meta")
+    with pytest.raises(ShadowcError, match=r"(?s)'x' does not fit.*cpu.*meta"):
+        native.CPU_LAUNCHERS["linear"](nowhere, torch.zeros(4, 8), None)
+    sets = [torch.zeros(2, 1, 4, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)]
+    arguments = [torch.zeros(1, 1, 8)], [torch.zeros(4, 8)], [torch.zeros(4)], [torch.zeros(1)]
+    for place in range(6):
+        x, weights, biases, thresholds = ([*one] for one in arguments)
+        given = [x, weights, biases, thresholds, [*sets], [*sets]][place]
+        given[place == 5] = given[place == 5].to("meta")
+        chosen = given if place > 3 else sets
+        with pytest.raises(ShadowcError, match="does not fit"):
+            native.CPU_LAUNCHERS["choose_into"](
+                x[0], None, None, weights, biases, thresholds, chosen, [1]
+            )
+
+
 LARGE = {
     "zeros": ("aten.new_zeros.default", [{"node": "start"}, [1 << 40]]),
-    "on the spot": (
-        "aten.new_zeros.default",
-        [{"node": "start"}, [1 << 36], None, None, {"device": "cpu"}],
-    ),
+    "in parts": ("aten.new_zeros.default", [{"node": "start"}, [1 << 20, 1 << 14]]),
+    "empty": ("aten.new_zeros.default", [{"node": "start"}, [0, 1 << 40]]),
     "view": ("aten.expand.default", [{"node": "position"}, [1 << 44]]),
     "text": ("operator.mul", ["x", 1 << 40]),
-    "format": ("operator.mod", ["x", 5]),
-}
+    "number": ("operator.floordiv", [1 << 40, 3]),
+    "MLP": (
+        "shadowc.sparse_mlp.default",
+        [{"node": "nothing"}, {"node": "wide"}, None, {"node": "wide"}, None, None, "relu", False,
+         None, None],
+    ),
+    "product": ("aten.matmul.default", [{"node": "column"}, {"node": "row"}]),
+    "attention": ("aten.scaled_dot_product_attention.default", [{"node": "keys"}] * 3),
+    "values": (
+        "aten.scaled_dot_product_attention.default",
+        [{"node": "one"}, {"node": "one"}, {"node": "many"}],
+    ),
+}  # fmt: skip
+#: Of no or little memory, of which operators make much for themselves.
+SMALL = {"nothing": [1 << 11, 1 << 11, 0], "wide": [1 << 22, 0], "column": [1 << 17, 1, 0, 32],
+         "row": [1, 1 << 17, 32, 1], "keys": [1, 1, 1 << 22, 0], "one": [1, 1, 64, 1],
+         "many": [1 << 22, 1, 64, 0]}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", [*LARGE])
 def test_memory_of_a_program_is_bounded_before_it_runs(sample, decode, what):
+    """Also what an operator takes for itself."""
     target, args = LARGE[what]
     node = {"name": "much", "target": target, "args": args, "kwargs": {"map": {}}}
-    decode["nodes"].insert(0, node)
-    refused(sample, "programs/decode.json", decode, "not a program")
+    small = [{"name": name, "target": "aten.new_zeros.default",
+              "args": [{"node": "w0"}, size], "kwargs": {"map": {}}}
+             for name, size in SMALL.items()]  # fmt: skip
+    decode["nodes"] = [*small, node, *decode["nodes"]]
+    refused(sample, "programs/decode.json", decode, "operator |too large|beside its result")
 
 
 def test_what_is_held_at_once_counts(sample, decode):
@@ -140,6 +204,17 @@ def test_what_is_held_at_once_counts(sample, decode):
                 "kwargs": {"map": {}}}  # fmt: skip
     decode["nodes"] = [*rows, together, *decode["nodes"]]
     refused(sample, "programs/decode.json", decode, "at once|too large")
+
+
+def test_a_long_artifact_may_not_hold_more(sample, decode):
+    """What a program may hold does not follow from the length that the manifest gives."""
+    node = {"name": "much", "target": "aten.new_zeros.default",
+            "args": [{"node": "start"}, [1 << 25]], "kwargs": {"map": {}}}  # fmt: skip
+    decode["nodes"].insert(0, node)
+    sample.put("programs/decode.json", json.dumps(decode).encode())
+    sample.seal(max_seq_len=1 << 24)
+    with pytest.raises(ArtifactError, match="too large"):
+        load_session(open_artifact(sample.root))
 
 
 def test_a_shape_that_the_weights_do_not_have_is_refused(sample):
@@ -188,6 +263,26 @@ def test_pipes_are_not_waited_for(sample):
         open_artifact(sample.root)
 
 
+@pytest.mark.parametrize("name", [f"{MANIFEST}.new", "report.json.new", "report.html.new"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_nothing_is_written_through_links_and_pipes(sample, name, kind):
+    """Neither by who opens an artifact nor, if it is put there later, by who adds to its report."""
+    artifact, place = open_artifact(sample.root), sample.root / name
+    if kind == "link":
+        place.symlink_to("../outside")
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+    with pytest.raises(ArtifactError, match=name):
+        open_artifact(sample.root)
+    with contextlib.suppress(OSError):  # a folder is in the way
+        update_report(artifact, "note", {"x": 1}, lambda artifact: {"report.html": "drawn"})
+    assert (sample.root.parent / "outside").read_bytes() == b"secret"
+    if kind != "folder":
+        assert open_artifact(sample.root).report()["note"] == {"x": 1}
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "programs/../../outside", "a//b"])
 def test_names_stay_inside(sample, name):
     entry = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
@@ -201,6 +296,58 @@ def test_what_is_not_listed_is_refused(sample, name):
     sample.put(name, b"{}")
     with pytest.raises(ArtifactError, match=name.rpartition("/")[2]):
         open_artifact(sample.root)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_config.json", "processor_config.json", "preprocessor_config.json", "modeling.py",
+     "programs/more.json", "programs/dense.pt2", "kernels/sm_90/lib.so", "weights.bin", "x.onnx"],
+)  # fmt: skip
+def test_files_that_libraries_would_find_are_not_listed(sample, name):
+    """peft fetches the model that an adapter's config names."""
+    (sample.root / name).parent.mkdir(parents=True, exist_ok=True)
+    (sample.root / name).write_bytes(b"{}")
+    entry = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    sample.seal(files=sample.manifest["files"] | {name: entry})
+    with pytest.raises(ArtifactError, match=rf"(?s){MANIFEST}.*{name}"):
+        open_artifact(sample.root)
+
+
+def test_every_program_may_be_listed(tmp_path):
+    names = [f"programs/{name}.json" for name in PROGRAMS]
+    foreign.check_listing(tmp_path, dict.fromkeys(names), MANIFEST)
+
+
+@pytest.mark.parametrize(
+    "place", [(), ("model",), ("model", "decoder"), ("model", "decoder", "session_options")]
+)
+def test_a_config_of_genai_names_no_library(tmp_path, place):
+    shape = SimpleNamespace(architecture="llama", vocab=8, head_dim=8, hidden=8, heads=1, layers=1,
+                            kv_heads=1)  # fmt: skip
+    session = SimpleNamespace(shape=shape, max_seq_len=8)
+    config = genai_config(session, {"eos_token_id": 1}, "cuda")
+
+    def check():
+        (tmp_path / "genai_config.json").write_text(json.dumps(config))
+        foreign.check_hugging_face(tmp_path, dict.fromkeys(("genai_config.json", "model.onnx")))
+
+    check()
+    owner = config
+    for key in place:
+        owner = owner[key]
+    owner["custom_ops_library"] = "x.so"
+    with pytest.raises(ArtifactError, match=r"(?s)genai_config.*no custom_ops_library"):
+        check()
+
+
+def test_chat_templates_are_run_in_a_sandbox(sample):
+    template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    sample.put("chat_template.jinja", template.encode())
+    entry = {"bytes": len(template), "sha256": hashlib.sha256(template.encode()).hexdigest()}
+    sample.seal(files=sample.manifest["files"] | {"chat_template.jinja": entry})
+    tokenizer = shadowc.load(sample.root).tokenizer
+    with pytest.raises(SecurityError):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
 
 
 def test_what_people_add_is_welcome(sample):
@@ -247,6 +394,13 @@ def test_json_has_one_meaning(tmp_path, text):
         foreign.loads(text, tmp_path / "x.json")
 
 
+def test_long_json_is_not_read(tmp_path):
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(foreign.MOST_JSON + 1)
+    with pytest.raises(ArtifactError, match=r"(?s)x\.json.*at most 8388608 bytes"):
+        foreign.read_object(tmp_path, "x.json")
+
+
 def test_a_header_accounts_for_every_byte(sample, fuzz):
     name = "predictor.safetensors"
     header, data = fuzz.header_of(sample.files[name])
@@ -274,6 +428,8 @@ def test_keep_sets_that_never_change_are_checked(fuzz, tmp_path, tiny_opt):
         _check_keep(tmp_path, tensors, tensors, shape)
 
     check(index, count)
+    with pytest.raises(ArtifactError, match=r"(?s)predictor.safetensors.*keep\.position"):
+        _check_keep(tmp_path, {}, {"keep.position": count}, shape)
     for place, value in ((3, shape.ffn), (3, -1), (3, 2), (0, 5)):
         wrong = index.clone()
         wrong[1, 0, place] = value
@@ -288,6 +444,33 @@ def test_a_token_that_the_model_does_not_know_is_an_error(sample):
     session = load_session(open_artifact(sample.root))
     with pytest.raises(ShadowcError, match="programs/"):
         session.step(torch.tensor([[10**6]]), session.new_cache(1))
+
+
+@pytest.mark.parametrize("wrong", [struct.error("x"), ZeroDivisionError(), AssertionError()])
+@pytest.mark.parametrize("when", ["bound", "called"])
+def test_whatever_a_program_raises_is_an_error_that_names_it(sample, wrong, when, monkeypatch):
+    def fail(*arguments):
+        raise wrong
+
+    session = load_session(open_artifact(sample.root))
+    bind = fail if when == "bound" else lambda self, tensors: fail
+    monkeypatch.setattr(Program, "bind", bind)
+    with pytest.raises(ArtifactError, match=r"programs/prefill\.json"):
+        session.step(torch.tensor([[5, 6]]), session.new_cache(1))
+    wrong = MemoryError()
+    with pytest.raises(MemoryError):
+        session.step(torch.tensor([[5, 6]]), session.new_cache(1))
+
+
+def test_a_choice_has_lists_of_equal_lengths():
+    sets = [torch.zeros(2, 1, 4, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)]
+    lists = [[torch.zeros(4, 8)], [torch.zeros(4)], [torch.zeros(1)], sets, [1]]
+    choose, x = native.CPU_LAUNCHERS["choose_into"], torch.zeros(1, 1, 8)
+    choose(x, None, None, *lists)
+    for place, given in enumerate(lists):
+        for wrong in ([], given[:-1], given * 2):
+            with pytest.raises(ShadowcError, match="a tap chooses"):
+                choose(x, None, None, *lists[:place], wrong, *lists[place + 1 :])
 
 
 @pytest.mark.parametrize("name", ["kernels/sm_90/index.json", "programs/decode.pt2"])
@@ -342,6 +525,35 @@ def test_the_report_changes_and_the_artifact_stays_sound(sample):
     assert open_artifact(sample.root).report()["note"] == {"x": 1}
 
 
+def test_the_page_of_a_report_shows_its_texts_as_texts(sample):
+    markup = "<script>alert(1)</script>"
+    report = json.loads(sample.files["report.json"])
+    report["eval"] = {"variants": {markup: {"perplexity": 1.0, "head_sparsity": 0.0,
+                                            "neuron_sparsity": 0.0}},
+                      "tokens": markup, "data": markup, "seq_len": [markup]}  # fmt: skip
+    texts = dict.fromkeys(("device", "isa", "threads", "batch", "dtype"), markup)
+    units = {name: report["compile"][name] for name in
+             ("heads_by_layer", "neurons_by_layer", "rows_by_layer")}  # fmt: skip
+    numbers = dict.fromkeys(("ms_per_token", "dense_ms_per_token", "bytes_per_token",
+                             "dense_bytes_per_token"), 1)  # fmt: skip
+    report["bench"] = {**texts, **units, **numbers}
+    sample.put("report.json", json.dumps(report).encode())
+    sample.seal()
+    text = render(open_artifact(sample.root))
+    assert "<script" not in text and text.count("&lt;script") == 9 and "malformed" not in text
+
+
+@pytest.mark.parametrize("wrong", [{}, {"variants": {"x": 1}}, [], "x", {"dense_ms_per_token": 0}])
+def test_a_malformed_section_does_not_lose_the_page(sample, wrong):
+    report = json.loads(sample.files["report.json"]) | {"eval": wrong, "bench": wrong}
+    sample.put("report.json", json.dumps(report).encode())
+    sample.seal()
+    artifact = open_artifact(sample.root)
+    save_section(artifact, "note", {"x": 1})
+    assert open_artifact(sample.root).report()["note"] == {"x": 1}
+    assert (sample.root / "report.html").read_text().count("is malformed") == 3
+
+
 def test_external_data_of_onnx_models_stays_beside_them(tmp_path):
     onnx = pytest.importorskip("onnx")
     from shadowc.onnx.check import check_model
@@ -352,15 +564,29 @@ def test_external_data_of_onnx_models_stays_beside_them(tmp_path):
     (folder / "weights").write_bytes(bytes(64))
     (folder / "link").symlink_to(tmp_path / "outside")
 
-    def model(location, offset=0, length=64):
-        tensor = onnx.TensorProto(name="w", data_type=1, dims=[16], data_location=1)
+    def model(location, offset=0, length=64, dims=(16,), data_type=1, default=False):
+        tensor = onnx.TensorProto(name="w", data_type=data_type, dims=dims, data_location=1)
         for key, value in (("location", location), ("offset", offset), ("length", length)):
-            tensor.external_data.add(key=key, value=str(value))
-        graph = onnx.helper.make_graph([], "g", [], [], [tensor])
-        (folder / "m.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+            if value is not None:
+                tensor.external_data.add(key=key, value=str(value))
+        graph = onnx.helper.make_graph([], "g", [], [], [] if default else [tensor])
+        made = onnx.helper.make_model(graph)
+        if default:
+            function = onnx.FunctionProto(name="f", domain="d")
+            function.attribute_proto.append(onnx.helper.make_attribute("w", tensor))
+            made.functions.append(function)
+        (folder / "m.onnx").write_bytes(made.SerializeToString())
         return folder / "m.onnx"
 
     check_model(model("weights"))
+    check_model(model("weights", length=None))
+    for wrong in (
+        {"length": None, "offset": 1}, {"length": None, "dims": [17]}, {"dims": [17]},
+        {"length": None, "dims": [-1]}, {"data_type": 11}, {"data_type": 99},
+        {"location": "../outside", "default": True},
+    ):  # fmt: skip
+        with pytest.raises(ArtifactError):
+            check_model(model(**{"location": "weights"} | wrong))
     elsewhere = str(tmp_path / "outside")
     names = (("../outside",), (elsewhere,), ("link",), ("gone",), ("",))
     places = (("weights", 1), ("weights", -1), ("weights", 0, 1 << 62), ("weights", "x"))
@@ -372,20 +598,61 @@ def test_external_data_of_onnx_models_stays_beside_them(tmp_path):
         check_model(folder / "m.onnx")
 
 
+def test_graphs_of_onnx_are_not_looked_into(tmp_path):
+    """One that asks for 4 TiB passes: what it computes is ONNX Runtime's to run or refuse."""
+    onnx = pytest.importorskip("onnx")
+    from shadowc.onnx.check import check_model
+
+    shape = onnx.helper.make_tensor("shape", 7, [1], [1 << 40])
+    node = onnx.helper.make_node("ConstantOfShape", ["shape"], ["much"])
+    much = onnx.helper.make_tensor_value_info("much", 1, [None])
+    graph = onnx.helper.make_graph([node], "g", [], [much], [shape])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "m.onnx")
+    check_model(tmp_path / "m.onnx")
+
+
+#: What reads pickles or evaluates text, as names of modules and of what they hold.
+UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve",
+          "eval", "exec", "compile", "torch.load", "torch.jit.load", "torch.export.load",
+          "pandas.read_pickle", "yaml.load"}  # fmt: skip
+
+
+def unsafe(text):
+    """The lines of a source that read pickles or evaluate text."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        names = set()
+        if isinstance(node, ast.Import):
+            names = {part for a in node.names for part in (a.name, a.name.partition(".")[0])}
+        elif isinstance(node, ast.ImportFrom):
+            names = {node.module or "", *(f"{node.module}.{a.name}" for a in node.names)}
+        elif isinstance(node, ast.Call):
+            names = {ast.unparse(node.func)}
+        elif isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
+            names = {"eval"} if ast.unparse(node.value) != "False" else set()
+        if names & UNSAFE:
+            found.append(getattr(node, "lineno", 0))
+    return found
+
+
 def test_no_pickle_and_no_code_in_the_sources():
     """Nothing in the package reads pickles or evaluates text; fx's generated functions excepted."""
     root = Path(shadowc.__file__).parent
-    found = []
-    for path in (p for folder in ("", "passes", "targets", "kernels", "runtime", "evaluation")
-                 for p in (root / folder).glob("*.py")):  # fmt: skip
-        for node in ast.walk(ast.parse(path.read_text())):
-            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            imported = isinstance(node, ast.Import) and "pickle" in {a.name for a in node.names}
-            trusts = isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
-            trusts = trusts and ast.unparse(node.value) != "False"
-            if imported or trusts or name in ("eval", "exec", "compile", "torch.load"):
-                found.append(f"{path.name}:{getattr(node, 'lineno', 0)}")
+    paths = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
+             for name in names if name.endswith(".py")]  # fmt: skip
+    assert {"passes", "targets", "cuda", "calibration", "vllm"} <= {p.parent.name for p in paths}
+    found = {str(path): lines for path in paths if (lines := unsafe(path.read_text()))}
     assert not found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["import pickle", "import pickle as p", "from pickle import loads", "x = eval('1')",
+     "from torch import load", "np.load(f, allow_pickle=True)", "np.load(f, allow_pickle=x)",
+     "torch.load(f)", "f(trust_remote_code=yes)", "from torch.export import load"],
+)  # fmt: skip
+def test_the_look_at_the_sources_sees(text):
+    assert unsafe(text) == [1]
 
 
 def test_a_checksum_is_no_signature(sample, fuzz):
@@ -397,7 +664,7 @@ def test_a_checksum_is_no_signature(sample, fuzz):
 
 
 def test_the_original_model_brings_no_code(sample, tmp_path, monkeypatch):
-    """What `eval --against` and `bench` load by the name in the manifest."""
+    """What `eval --against oracle` and `bench` load by the name in the manifest."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from shadowc.models import load_model
@@ -420,3 +687,35 @@ def test_the_original_model_brings_no_code(sample, tmp_path, monkeypatch):
     with contextlib.suppress(ShadowcError):  # it loads as what it is, or is refused
         load_model(str(path))
     assert MARK not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("settings", "loads"),
+    [({}, True), ({"hugging_face": False}, False), ({"against": ["oracle"]}, True),
+     ({"against": ["dense", "static", "random"]}, False)],
+)  # fmt: skip
+def test_what_the_manifest_names_is_loaded_only_if_asked(
+    sample, tmp_path, monkeypatch, settings, loads
+):
+    """By `bench` unless it is told not to, by `eval` for the oracle alone."""
+    from shadowc.evaluation import bench, perplexity, sources
+
+    class Reached(Exception):
+        pass
+
+    def measure(*arguments, **options):
+        raise Reached
+
+    named = []
+    monkeypatch.setattr(sources, "load_model", lambda name, **options: named.append(name))
+    monkeypatch.setattr(bench, "_take_turns", measure)  # all is loaded then
+    sample.seal(model=sample.manifest["model"] | {"name": "random:opt-66b"})
+    (tmp_path / "text").write_text("once upon a time " * 40)
+    data = {"data": str(tmp_path / "text")}
+    opened = open_artifact(sample.root)
+    with contextlib.suppress(Reached, AttributeError):  # nothing comes of what was named
+        if "against" in settings:
+            perplexity.evaluate_artifact(opened, seq_len=16, tokens=64, **data, **settings)
+        else:
+            bench.bench(opened, prompt_len=8, new_tokens=24, **data, **settings)
+    assert named == ["random:opt-66b"] * loads

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from transformers import GenerationConfig
 import shadowc
 import shadowc.onnx
 from shadowc import native
-from shadowc.artifact import open_artifact
+from shadowc.artifact import open_artifact, sealed
 from shadowc.compiler import build_programs, compile_model
 from shadowc.config import Policy
 from shadowc.errors import (
@@ -484,8 +485,6 @@ def test_transformers_does_not_take_its_weights_for_the_checkpoints(llama_artifa
 
 @pytest.mark.parametrize("name", [MODEL, "weights.safetensors"])
 def test_a_missing_or_truncated_file(llama_artifact, tmp_path, name):
-    import shutil
-
     copy = shutil.copytree(llama_artifact.path, tmp_path / "copy")
     (copy / name).write_bytes((copy / name).read_bytes()[:-8])
     with pytest.raises(ArtifactError, match=name):
@@ -493,6 +492,24 @@ def test_a_missing_or_truncated_file(llama_artifact, tmp_path, name):
     (copy / name).unlink()
     with pytest.raises(ArtifactError, match=name):
         open_artifact(copy)
+
+
+@pytest.mark.parametrize("what", ["edited", "replaced"])
+def test_a_dense_model_that_is_opened_late_is_checked_again(llama_artifact, tmp_path, what):
+    copy = tmp_path / "copy"
+    shutil.copytree(llama_artifact.path, copy)
+    session = load_session(open_artifact(copy))
+    if what == "edited":
+        shutil.copy(copy / MODEL, copy / DENSE)
+        expected = "dense.onnx"
+    else:
+        copy.rename(tmp_path / "other")
+        shutil.copytree(tmp_path / "other", copy)
+        manifest = json.loads((copy / "manifest.json").read_text())
+        (copy / "manifest.json").write_text(sealed(manifest | {"name": "another"}))
+        expected = "was replaced"
+    with pytest.raises(ArtifactError, match=expected):
+        session.step(torch.tensor([[5, 6]]), session.new_cache(1), program="dense")
 
 
 def test_another_opset(llama_artifact, tmp_path):
