@@ -26,7 +26,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NATIVE_ROWS = 8
 """Dense ops on at most this many tokens run native; more go through a chunked matrix product."""
 
-_ABI = 4
+_ABI = 5
 _BUILD = "run `pip install -e .` or `python setup.py build_ext --inplace` (needs a C++20 compiler)"
 _LIBRARY = torch.library.Library("shadowc", "FRAGMENT")
 
@@ -94,6 +94,23 @@ def library() -> ctypes.CDLL:
             fix="unset SHADOWC_ISA to use the best one of this CPU",
         )
     return loaded
+
+
+def use_openmp() -> None:
+    """Run on OpenMP's threads from now on: for a runtime whose own work keeps those awake.
+
+    Raises:
+        KernelError: If this process has no OpenMP.
+    """
+    for name in (None, "libgomp.so.1"):  # what the process shares, or what torch has for itself
+        try:
+            library().shadowc_use_openmp(ctypes.CDLL(name).GOMP_parallel)
+            return
+        except (AttributeError, OSError):
+            pass
+    raise KernelError(
+        "this process has no OpenMP", expected="GOMP_parallel, as torch for CPUs brings it"
+    )
 
 
 def isa() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -15,6 +16,7 @@ import torch
 
 import shadowc
 from shadowc import aot_inductor, cli
+from shadowc.compiler import compile_model
 from shadowc.config import Policy
 from shadowc.errors import ArtifactError, KernelError, OptionError
 from shadowc.targets import load_target
@@ -23,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 MODEL = "opt-books-15m"
 HEADERS = Path("/usr/include/openssl/evp.h")
 
+# As usual, it compiles for twice as long.
+QUICKLY = torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"})
 needs_cmake = pytest.mark.skipif(
     not (shutil.which("cmake") and shutil.which("c++") and HEADERS.exists()),
     reason="examples/cpp needs CMake, a C++ compiler and OpenSSL's headers (.ci/run installs them)",
@@ -58,8 +62,7 @@ def artifact(tmp_path_factory):
     calibration, output = work / "calibration", work / "artifact"
     assert main("calibrate", MODEL, "--examples", 4, "--seq-len", 64, "--rank", 16,
                 "--output", calibration, "--json") == 0  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:  # as usual, it compiles for twice as long
-        patch.setattr(torch._inductor.config.aot_inductor, "compile_wrapper_opt_level", "O0")
+    with QUICKLY:
         assert main("compile", calibration, "--max-seq-len", 96, "--aot-inductor",
                     "--output", output, "--json") == 0  # fmt: skip
     return output
@@ -82,6 +85,25 @@ def test_the_same_tokens_as_python(built, artifact):
         done = generate(built, artifact, prompt, 40)
         assert done.returncode == 0, done.stderr
         assert [*map(int, done.stdout.split(","))] == whole[0, len(prompt) :].tolist()
+
+
+@needs_cmake
+def test_a_llama_whose_units_never_change(built, tiny_llama, tmp_path):
+    """Rotary positions, gated neurons and grouped heads; keep sets are constants of the package."""
+    static = dataclasses.replace(tiny_llama.calibration, predictor="static", weights={})
+    policy = Policy(0.5, 0.5, min_neurons=2)
+    with QUICKLY:
+        made = compile_model(tiny_llama.loaded, static, policy, tmp_path / "artifact",
+                             max_seq_len=32, aot_inductor=True)  # fmt: skip
+    ids = tiny_llama.ids(1, 5)
+    cache = (session := shadowc.load(made.path).session).new_cache(1)
+    expected, token = [], ids
+    for _ in range(20):
+        token = session.step(token, cache)["logits"].argmax(-1)
+        expected.append(int(token))
+    done = generate(built, made.path, ids[0].tolist(), 20)
+    assert done.returncode == 0, done.stderr
+    assert [*map(int, done.stdout.split(","))] == expected
 
 
 @needs_cmake

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "check.h"
+#include "pool.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -31,7 +32,10 @@ bool supports(const char* isa) {
 using namespace shadowc;
 
 // Counted up with every change of a struct that the launchers pack.
-API int shadowc_abi() { return 4; }
+API int shadowc_abi() { return 5; }
+
+// The address of GOMP_parallel: see pool.h.
+API void shadowc_use_openmp(Parallel parallel) { use_openmp(parallel); }
 
 // Selects an instruction set by name, the best one for null; returns its name, null if refused.
 API const char* shadowc_isa(const char* name) {

@@ -122,6 +122,19 @@ struct Start {
   }
 } start;
 
+struct OpenMp final : Host {
+  Parallel parallel = nullptr;
+
+  void run(int ranks, void (*rank)(void*, size_t), void* job) const override {
+    struct Region {
+      void (*rank)(void*, size_t);
+      void* job;
+    } region{rank, job};
+    const auto enter = [](void* region) { ((Region*)region)->rank(((Region*)region)->job, 0); };
+    parallel(enter, &region, ranks, 0);
+  }
+} openmp;
+
 thread_local const Host* lent = nullptr;
 
 struct HostJob {
@@ -135,8 +148,11 @@ struct HostJob {
 Lent::Lent(const Host& host) { lent = &host; }
 Lent::~Lent() { lent = nullptr; }
 
+void use_openmp(Parallel parallel) { openmp.parallel = parallel; }
+
 void run(int threads, Task task, void* argument) {
-  if (lent != nullptr && threads > 1) {
+  const Host* host = lent != nullptr ? lent : openmp.parallel != nullptr ? &openmp : nullptr;
+  if (host != nullptr && threads > 1) {
     HostJob job{task, argument};
     const auto rank = [](void* job, size_t) {
       HostJob& one = *(HostJob*)job;
@@ -146,7 +162,7 @@ void run(int threads, Task task, void* argument) {
         one.failed = true;
       }
     };
-    lent->run(threads, rank, &job);
+    host->run(threads, rank, &job);
     if (job.failed) throw std::bad_alloc();
     return;
   }

@@ -24,6 +24,13 @@ struct Lent {
   ~Lent();
 };
 
+// How a compiler's code enters a parallel region of OpenMP (GOMP_parallel, in every such library).
+using Parallel = void (*)(void (*rank)(void* job), void* job, unsigned ranks, unsigned flags);
+
+// From now on OpenMP's threads are used in place of a pool: where it is used all along its threads
+// stay awake on the cores that others would need.
+void use_openmp(Parallel parallel);
+
 // A 64-byte aligned buffer of the calling thread, kept until the thread asks for a bigger one in
 // the same slot. Contents are undefined.
 void* scratch(int slot, size_t bytes);

@@ -7,23 +7,13 @@ units that it ran before, so the answer goes on as before but for the order of s
 
 from __future__ import annotations
 
-import os
-import re
-
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from shadowc.native import CPU_LAUNCHERS
-
-#: How vLLM says which CPUs a worker's threads are bound to, for one OpenMP library or another.
-_BOUND = {
-    "GOMP_CPU_AFFINITY": r"(\d+(?: \d+)*)",
-    "KMP_AFFINITY": r"granularity=fine,explicit,proclist=\[([\d,]+)\]",
-    "OMP_PLACES": r"\{([\d,]+)\}",
-}
+from shadowc.native import use_openmp
 
 
 class ShadowcRunner(CPUModelRunner):  # type: ignore[misc]
@@ -56,23 +46,9 @@ class ShadowcWorker(CPUWorker):  # type: ignore[misc]
         """Called once, before the model is loaded."""
         super().init_device()
         self.model_runner = ShadowcRunner(self.vllm_config, self.device)
-        _start_threads()
+        use_openmp()  # as vLLM's attention does, and on its CPUs
 
     def shadowc_counters(self) -> dict[str, int]:
         """What ran so far; for `LLM.collective_rpc("shadowc_counters")`."""
         counters: dict[str, int] = self.model_runner.get_model().counters.read()
         return counters
-
-
-def _start_threads() -> None:
-    """Start the native library's threads on all CPUs that vLLM gave this worker.
-
-    OpenMP binds each of its threads to one of them, and this one too: threads that it started later
-    would all share its CPU.
-    """
-    own = os.sched_getaffinity(0)
-    said = (re.fullmatch(form, os.environ.get(name, "")) for name, form in _BOUND.items())
-    bound = {int(cpu) for match in said if match for cpu in re.findall(r"\d+", match[1])}
-    os.sched_setaffinity(0, bound or own)
-    CPU_LAUNCHERS["linear"](torch.zeros(1, 1, 64), torch.zeros(1 << 14, 64), None)
-    os.sched_setaffinity(0, own)

@@ -17,6 +17,22 @@ print(torch.ops.shadowc.linear(torch.ones(1, 64), torch.ones(3, 64), None).sum()
 """
 
 
+OPENMP = """
+import os
+import torch, shadowc.kernels.linear
+from shadowc import native
+torch.set_num_threads(3)
+x, weight = torch.randn(5, 256), torch.randn(4096, 256)
+[(torch.randn(512, 512) @ torch.randn(512, 512)).exp() for _ in range(3)]  # OpenMP's threads start
+native.use_openmp()
+before = set(os.listdir("/proc/self/task"))
+shared = torch.ops.shadowc.linear(x, weight, None)
+assert set(os.listdir("/proc/self/task")) == before, "a pool was started"
+torch.set_num_threads(1)
+print(torch.equal(shared, torch.ops.shadowc.linear(x, weight, None)), len(before))
+"""
+
+
 def run(isa: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "SHADOWC_ISA": isa}
     command = [sys.executable, "-c", PROGRAM]
@@ -32,6 +48,12 @@ def test_unknown_instruction_set_is_refused():
     done = run("mmx")
     assert done.returncode != 0
     assert "SHADOWC_ISA" in done.stderr and "generic | avx2 | avx512" in done.stderr
+
+
+def test_threads_of_openmp_take_the_place_of_a_pool():
+    done = subprocess.run([sys.executable, "-c", OPENMP], capture_output=True, text=True)
+    same, threads = done.stdout.split() or [done.stderr, 0]
+    assert same == "True" and int(threads) >= 3
 
 
 def test_missing_library_says_how_to_build_it(monkeypatch, tmp_path):

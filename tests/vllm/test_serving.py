@@ -273,17 +273,6 @@ for options in cases:
     for name in changed:
         del os.environ[name]
 """
-THREADS = """
-import json, os
-import torch
-from shadowc.vllm.worker import _start_threads
-torch.ones(512, 512) @ torch.ones(512, 512)
-threads, before = set(os.listdir("/proc/self/task")), os.sched_getaffinity(0)
-_start_threads()
-after = set(os.listdir("/proc/self/task")) - threads
-cpus = [sorted(os.sched_getaffinity(int(thread))) for thread in after]
-print(json.dumps([sorted(before), sorted(os.sched_getaffinity(0)), cpus]))
-"""
 
 
 def like(artifact: Path, copy: Path, manifest=None, config=None) -> str:
@@ -351,15 +340,7 @@ def example(artifact: Path, home: Path) -> subprocess.CompletedProcess:
     return run(ROOT / "examples" / "serve_vllm.py", artifact, PROMPTS[0], PROMPTS[2], cwd=home)
 
 
-def threads(artifact: Path, home: Path) -> list:
-    """CPUs of a bound process before and after it started the native threads, and of those."""
-    both = " ".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
-    done = run("-c", THREADS, cwd=home, GOMP_CPU_AFFINITY=both, OMP_NUM_THREADS="2")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-BESIDE = {"refused": refuse, "threads": threads, "tampered": tamper, "example": example}
+BESIDE = {"refused": refuse, "tampered": tamper, "example": example}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -372,13 +353,6 @@ def test_refused_by_name(beside, case):
 def test_what_is_set(beside):
     prefix_caching, dtype = beside["refused"].result()[0]
     assert prefix_caching is False and dtype == "torch.float32"
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
-def test_native_threads_have_all_cpus(beside):
-    before, after, others = beside["threads"].result()
-    assert before == after and len(before) == 1  # OpenMP bound the thread that started them
-    assert others == [sorted(os.sched_getaffinity(0))[:2]]
 
 
 def test_tampered_file_is_refused(beside):

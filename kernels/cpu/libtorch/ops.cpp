@@ -6,6 +6,7 @@
 // prompt runs in the same kernels as a token.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -32,6 +33,13 @@ void call(const char* name, int (*function)(const Arguments*), const Arguments& 
   const int code = function(&arguments);
   STD_TORCH_CHECK(code == kFine, "shadowc::", name, " refuses its arguments: ", reason(code));
 }
+
+// What a package computes between our ops runs on OpenMP's threads: so do the ops.
+const bool on_openmp = [] {
+  void* parallel = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  if (parallel != nullptr) use_openmp((Parallel)parallel);
+  return parallel != nullptr;
+}();
 
 int threads() { return (int)torch::stable::get_num_threads(); }
 
