@@ -99,7 +99,7 @@ def test_a_probe_does_not_see_what_follows_the_end(tiny_opt):
 def test_a_draft_is_no_request(tiny_opt):
     ours = model(tiny_opt, 1)
     config = GenerationConfig(max_new_tokens=4, do_sample=False)
-    config.is_assistant = True
+    config.is_assistant, config.assistant_confidence_threshold = True, 0
     ours.generate(tiny_opt.ids(1, 4), generation_config=config)
     assert ours.counters()["requests"] == 0 and not ours.watch.probes
 
