@@ -12,7 +12,7 @@ last, divided by the tokens between them, and a row has the median over the turn
     pipeline    `pipeline("text-generation")`, streamed
     server      `shadowc serve`, streamed over HTTP, in a process of its own
 
-Ratios are to the step loop of the same artifact. The table goes to benchmarks/results/.
+Ratios are to the step loop in the same turn, medians too. The table goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from shadowc.versions import versions
 
 MODELS, TARGETS = ("random:opt-1.3b", "opt-books-15m"), ("cpu", "onnx-cpu")
 RESULTS = Path(__file__).parent / "results"
-PROMPT, NEW, TURNS = 128, 64, 5
+PROMPT, NEW, TURNS = 128, 64, 9
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
 
 
@@ -123,7 +124,7 @@ def measure(name: str, target: str, path: Path, threads: int) -> list[dict[str, 
             "way": way,
             "ms_per_token": value,
             "best_ms": min(found[way]),
-            "beside_step": value / ms["step"],
+            "beside_step": statistics.median(map(truediv, found[way], found["step"])),
         }
         for way, value in ms.items()
     ]
