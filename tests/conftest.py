@@ -30,6 +30,19 @@ from shadowc.targets import load_target
 from shadowc.trace import trace
 
 VOCAB = 8192  # that of the bundled tokenizer
+#: Files that take minutes, which begin first: so no process is left alone with one at the end.
+SLOW = ("cuda/test_ops.py", "cuda/test_nodes.py", "test_cli.py", "test_cuda_target.py",
+        "test_killed.py", "test_cpp.py", "cuda/test_select.py", "test_faults.py",
+        "serving/test_transformers.py", "test_sweep.py", "test_examples.py", "test_rules.py",
+        "test_ranks.py", "test_stored.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        path = item.path.as_posix()
+        return next((place for place, name in enumerate(SLOW) if path.endswith(name)), len(SLOW))
+
+    items.sort(key=rank)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from shadowc.config import Policy
 from shadowc.errors import LengthError, OptionError
 from shadowc.runtime.config import artifact_config
 from shadowc.runtime.model import ShadowcForCausalLM, padding
+from shadowc.runtime.serve import _fit
 
 TEXTS = ["It was", "The captain looked at her and", "She", "When the morning came, they all"]
 
@@ -121,6 +122,21 @@ def test_too_long_is_refused_before_anything_runs(pair):
     ours.session.step = lambda *a, **k: pytest.fail("a program ran")
     with pytest.raises(LengthError, match="at most 64 tokens"):
         ours.generate(**inputs, max_new_tokens=64)
+
+
+def test_requests_to_the_server_fit_or_are_refused(pair):
+    model = pair[0]
+
+    def new_tokens(prompt, **options):
+        config = GenerationConfig(**options)
+        _fit(model, {"input_ids": torch.zeros(1, prompt)}, config)
+        return config.max_new_tokens
+
+    assert new_tokens(60) == new_tokens(60, max_new_tokens=1024) == 4, "what fits, if none is named"
+    assert new_tokens(60, max_new_tokens=3) == 3
+    for prompt, new in ((0, 3), (60, 5), (70, None)):
+        with pytest.raises(LengthError):
+            new_tokens(prompt, max_new_tokens=new)
 
 
 def test_the_bare_step_refuses_too_much(pair):

@@ -151,15 +151,10 @@ def test_the_server_streams_refuses_and_goes_on(server, greedy):
     for streaming in (False, True):
         status, body = server.post(prompt="It was", max_tokens=5000, stream=streaming)
         assert status == 400 and "at most 1024 tokens" in json.loads(body)["error"]["message"]
-        status, body = server.post(prompt="", max_tokens=5, stream=streaming)
-        assert status == 400 and "token" in json.loads(body)["error"]["message"]
-    config = json.dumps({"do_sample": False, "stop_strings": None})
-    status, body = server.post(prompt="It was " * 250, generation_config=config)
-    assert status == 200, "as many tokens as fit"
     status, body = server.post(prompt="It was", max_tokens=48)
     assert status == 200 and json.loads(body)["choices"][0]["text"] == greedy["It was"]
     (counters,) = server.get("/counters").values()
-    assert counters["requests"] == 6 and counters["tokens"] > 5 * 47
+    assert counters["requests"] == 5 and counters["tokens"] == 5 * 47
     assert 0 < counters["heads"] < counters["heads_dense"]
     assert 0 < counters["probe_recall"] < 1
     log = server.log.read_text()
