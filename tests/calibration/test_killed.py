@@ -14,7 +14,7 @@ import pytest
 
 from shadowc.calibration.store import JSON_FILE, TENSOR_FILE
 
-KILLS = int(os.environ.get("KILLS", "8"))  # `make faults` asks for more
+KILLS = 20
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
