@@ -246,7 +246,7 @@ def test_the_command_refuses_before_it_writes(tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
-def test_no_compiler(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(KernelError, match="need a C\\+\\+ compiler"):
+def test_no_compiler():
+    missing = torch._inductor.config.patch("cpp.cxx", (None, "no-such-compiler"))
+    with missing, pytest.raises(KernelError, match="need a C\\+\\+ compiler"):
         aot_inductor.check_options("cpu", Policy(0.5, 0.5), predicts=True)
