@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 # The long form of tests/faults: a kill, a full disk and Ctrl-C at every operation on files. Needs
 # root, or another right to mount a small disk.
 faults: $(STAMP)
-	FAULTS_STRIDE=1 $(BIN)/pytest -s tests/faults/test_faults.py tests/calibration/test_killed.py
+	FAULTS_STRIDE=1 KILLS=20 $(BIN)/pytest -s tests/faults/test_faults.py tests/calibration/test_killed.py
 
 # 1,000 generations in one process, and eight threads.
 soak: $(STAMP)

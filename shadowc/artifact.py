@@ -98,10 +98,13 @@ class Artifact:
             if twice := seen & found.keys():
                 raise damaged(self.path / name, "tensors that no other file has", sorted(twice)[0])
             seen |= found.keys()
-        try:
-            return stored.load(self.path / name for name in names)
-        except Exception as error:  # safetensors has errors of its own
-            raise damaged(self.path, "files of safetensors", error) from error
+        loaded: dict[str, Tensor] = {}
+        for name in names:
+            try:
+                loaded |= stored.load([self.path / name])
+            except Exception as error:  # safetensors has errors of its own
+                raise damaged(self.path / name, "a file of safetensors", error) from error
+        return loaded
 
     @property
     def weight_bytes(self) -> int:

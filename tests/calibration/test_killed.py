@@ -14,7 +14,7 @@ import pytest
 
 from shadowc.calibration.store import JSON_FILE, TENSOR_FILE
 
-KILLS = 20
+KILLS = int(os.environ.get("KILLS", "6"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")

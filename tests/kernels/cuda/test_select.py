@@ -83,7 +83,7 @@ def check_keep_counts(*shape: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 17), (1, 2, 127), (1, 2, 4097)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 17), (1, 2, 127), (1, 2, 1100)], ids=str)
 def test_keep_counts(path, shape):
     check_keep_counts(*shape)
 
@@ -116,7 +116,7 @@ def test_ties_go_to_the_lowest_layer_then_unit(path):
 
 
 @interpreted
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_many_small_ones(path, seed):
     generator = torch.Generator().manual_seed(seed)
 
