@@ -40,6 +40,13 @@ _REFUSED = {  # kernels/cpu/check.h
     6: "not enough memory",
 }
 
+# MKL finds the kernel of each of these functions when it is first called. Where two threads are the
+# first together, one may get a kernel of 11 bits: the same inputs would not give the same artifact,
+# once in hundreds of processes (pytorch/pytorch#188792). So they are called here, by one thread.
+for _name in ("exp", "log", "sqrt", "sin", "cos", "tanh", "erf"):
+    for _dtype in (torch.float32, torch.float64):
+        getattr(torch, _name)(torch.ones(1, dtype=_dtype))
+
 CPU_LAUNCHERS: dict[str, Callable[..., Any]] = {}
 """What runs an op on a CPU, by the op's name: to call it without PyTorch's dispatcher."""
 

@@ -32,6 +32,29 @@ torch.set_num_threads(1)
 print(torch.equal(shared, torch.ops.shadowc.linear(x, weight, None)), len(before))
 """
 
+FIRST = """
+import math, os
+import torch
+from shadowc import native
+torch.set_num_threads(2)
+x, worst = torch.linspace(0.01, 9, 4608), 0.0
+wanted = torch.tensor([math.sqrt(v) for v in x.tolist()])
+for _ in range(40):
+    pipes = []
+    for _ in range(16):  # at once, so that threads wait for each other
+        read, write = os.pipe()
+        if not os.fork():
+            os.write(write, repr(float((x.sqrt() / wanted - 1).abs().max())).encode())
+            os._exit(0)
+        os.close(write)
+        pipes.append(read)
+    for read in pipes:
+        worst = max(worst, float(os.read(read, 100)))
+        os.close(read)
+        os.wait()
+print(worst)
+"""
+
 
 def run(isa: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "SHADOWC_ISA": isa}
@@ -54,6 +77,14 @@ def test_threads_of_openmp_take_the_place_of_a_pool():
     done = subprocess.run([sys.executable, "-c", OPENMP], capture_output=True, text=True)
     same, threads = done.stdout.split() or [done.stderr, 0]
     assert same == "True" and int(threads) >= 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
+def test_first_calls_of_torch_are_exact():
+    """Where the module does not see to it, two or three of 640 processes are 3e-4 off (Intel)."""
+    command = [sys.executable, "-c", FIRST]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert float(done.stdout) < 1e-6, done.stderr
 
 
 def test_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
