@@ -81,7 +81,7 @@ def test_threads_of_openmp_take_the_place_of_a_pool():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 def test_first_calls_of_torch_are_exact():
-    """Where the module does not see to it, two or three of 640 processes are 3e-4 off (Intel)."""
+    """Where the module does not see to it, about one of 640 processes is 3e-4 off (Intel)."""
     command = [sys.executable, "-c", FIRST]
     done = subprocess.run(command, capture_output=True, text=True)
     assert float(done.stdout) < 1e-6, done.stderr
