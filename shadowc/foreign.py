@@ -328,6 +328,11 @@ def _are_sizes(value: Any, most: int) -> bool:
 # ---------------------------------------------------------------------------- Hugging Face
 
 
+def points_elsewhere(key: str) -> bool:
+    """Whether Hugging Face's libraries would find code or files by what a config has under it."""
+    return _FORBIDDEN.fullmatch(key) is not None and key not in _HARMLESS_PATHS
+
+
 def check_hugging_face(root: Path, files: Mapping[str, Any]) -> None:
     """Raise if a config or tokenizer names code, or files elsewhere.
 
@@ -346,8 +351,7 @@ def check_hugging_face(root: Path, files: Mapping[str, Any]) -> None:
             if isinstance(one, list):
                 waiting += one
             for key, item in one.items() if isinstance(one, dict) else ():
-                allowed = item is None or key in _HARMLESS_PATHS
-                forbidden = _FORBIDDEN.fullmatch(key) is not None and not allowed
+                forbidden = item is not None and points_elsewhere(key)
                 if name == "genai_config.json":
                     forbidden = key not in _GENAI
                 if forbidden:

@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from shadowc.foreign import points_elsewhere
+
 MODEL_TYPE, ARCHITECTURE = "shadowc", "ShadowcForCausalLM"
 ONNX_ARCHITECTURE = "ShadowcOnnx"
 
@@ -30,7 +32,7 @@ class ShadowcConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 def artifact_config(config: PreTrainedConfig, target: str, max_seq_len: int) -> PreTrainedConfig:
-    """The config of an artifact.
+    """The config of an artifact: what points elsewhere (GGUF files have a path) is left out.
 
     Args:
         config: The checkpoint's.
@@ -40,8 +42,10 @@ def artifact_config(config: PreTrainedConfig, target: str, max_seq_len: int) -> 
     if target.startswith("onnx-"):
         own = copy.deepcopy(config)
         own.architectures = [ONNX_ARCHITECTURE]
+        for key in filter(points_elsewhere, own.to_dict()):
+            delattr(own, key)
         return own
-    fields: dict[str, Any] = config.to_dict()
+    fields: dict[str, Any] = {k: v for k, v in config.to_dict().items() if not points_elsewhere(k)}
     base = fields.pop("model_type")
     changed = {
         "architectures": [ARCHITECTURE],

@@ -22,6 +22,7 @@ from shadowc.artifact import MANIFEST, NO_NATIVE, open_artifact, update_report
 from shadowc.errors import ArtifactError, ShadowcError
 from shadowc.evaluation.report import render, save_section
 from shadowc.runtime import program as programs
+from shadowc.runtime.config import artifact_config
 from shadowc.runtime.loading import load_session
 from shadowc.runtime.program import Program
 from shadowc.runtime.session import PROGRAMS
@@ -316,6 +317,21 @@ def test_files_that_libraries_would_find_are_not_listed(sample, name):
 def test_every_program_may_be_listed(tmp_path):
     names = [f"programs/{name}.json" for name in PROGRAMS]
     foreign.check_listing(tmp_path, dict.fromkeys(names), MANIFEST)
+
+
+@pytest.mark.parametrize("target", ["cpu", "onnx-cpu"])
+def test_what_a_checkpoints_config_points_to_is_left_out(target, tiny_llama, tmp_path):
+    """That of a GGUF file has a path, for one."""
+    config = copy.deepcopy(tiny_llama.loaded.model.config)
+    config._model_name_or_path, config.auto_map = "A name", {"AutoConfig": "code.Config"}
+    own = artifact_config(config, target, 64)
+    own.save_pretrained(tmp_path)
+    foreign.check_hugging_face(tmp_path, {"config.json": {}})
+    assert config.auto_map and own.hidden_size == config.hidden_size
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match="names no code and no path"):
+        foreign.check_hugging_face(tmp_path, {"config.json": {}})
+
 
 
 @pytest.mark.parametrize(
