@@ -333,7 +333,6 @@ def test_what_a_checkpoints_config_points_to_is_left_out(target, tiny_llama, tmp
         foreign.check_hugging_face(tmp_path, {"config.json": {}})
 
 
-
 @pytest.mark.parametrize(
     "place", [(), ("model",), ("model", "decoder"), ("model", "decoder", "session_options")]
 )
