@@ -195,7 +195,7 @@ def _greedy(session: Session, prompt: Tensor, most: int, tolerance: float) -> di
             f"greedy token {first + 1} is not that of the masked program",
             expected=int(taught[first].argmax()),
             got=int(found[first]),
-            fix="compile with --dtype fp32, whose choices of units are closest",
+            fix="compile with --dtype fp32, which rounds least",
         )
     return {"greedy_tokens_equal": int((gap == 0).sum()), "greedy_tokens": count}
 

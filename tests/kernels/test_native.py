@@ -33,26 +33,17 @@ print(torch.equal(shared, torch.ops.shadowc.linear(x, weight, None)), len(before
 """
 
 FIRST = """
-import math, os
 import torch
-from shadowc import native
-torch.set_num_threads(2)
-x, worst = torch.linspace(0.01, 9, 4608), 0.0
-wanted = torch.tensor([math.sqrt(v) for v in x.tolist()])
-for _ in range(40):
-    pipes = []
-    for _ in range(16):  # at once, so that threads wait for each other
-        read, write = os.pipe()
-        if not os.fork():
-            os.write(write, repr(float((x.sqrt() / wanted - 1).abs().max())).encode())
-            os._exit(0)
-        os.close(write)
-        pipes.append(read)
-    for read in pipes:
-        worst = max(worst, float(os.read(read, 100)))
-        os.close(read)
-        os.wait()
-print(worst)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Calls(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if args and isinstance(args[0], torch.Tensor) and args[0].numel() == 1:
+            print(op._opname, args[0].dtype)
+        return op(*args, **kwargs or {})
+
+with Calls():
+    from shadowc import native
 """
 
 
@@ -79,12 +70,12 @@ def test_threads_of_openmp_take_the_place_of_a_pool():
     assert same == "True" and int(threads) >= 3
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
-def test_first_calls_of_torch_are_exact():
-    """Where the module does not see to it, about one of 640 processes is 3e-4 off (Intel)."""
-    command = [sys.executable, "-c", FIRST]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert float(done.stdout) < 1e-6, done.stderr
+def test_first_calls_of_torch_are_one_threads():
+    """What two threads call first may be 3e-4 off, in about one process of 640 (Intel)."""
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True)
+    names = ("exp", "log", "sqrt", "sin", "cos", "tanh", "erf")
+    wanted = {f"{name} torch.{dtype}" for name in names for dtype in ("float32", "float64")}
+    assert wanted <= set(done.stdout.splitlines()), done.stderr
 
 
 def test_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
